@@ -1,0 +1,1 @@
+"""The data plane: one process in front of one unmodified MCP server."""

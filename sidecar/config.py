@@ -1,0 +1,129 @@
+"""The sidecar's process settings: every name, default, unit and allowed value, once.
+
+Written as environment by the webhook (`Settings.to_env`), read once by `sidecar/__main__.py` (`Settings.from_env`).
+What belongs to one workload and may change while it runs is not here but in the bundle (sidecar/core/profile.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Final, Self
+
+from sidecar.errors import ConfigError
+
+INBOUND_PORT: Final = 15443
+HEALTH_PORT: Final = 15020
+EGRESS_PORT: Final = 15001
+USER_ID: Final = 15100  # refused for application containers; what the redirect rules exempt
+PREFIX: Final = "SIDEGATE_"
+
+
+class Capture(StrEnum):
+    """How traffic reaches the sidecar; decides where the original port is read from."""
+
+    REDIRECT = "redirect"  # netfilter sends every TCP port here; the port is asked of the accepted socket
+    REMAP = "remap"  # the Service-facing port was moved here
+    LISTEN = "listen"  # outside a pod: `sidegate run`
+
+
+class LogLevel(StrEnum):
+    """Least severe log record that is written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
+    def parse(text: str) -> StrEnum:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError("one of " + ", ".join(kind)) from None
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        expected = f"a number from {low:g} to {high:g}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(expected) from None
+        if not low <= value <= high:
+            raise ValueError(expected)
+        return value
+
+    return parse
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= 65535:
+        raise ValueError("a port from 0 to 65535 (0: any free one)")
+    return int(text)
+
+
+def _setting(parse: Callable[[str], Any], meaning: str, *, default: Any, secret: bool = False) -> Any:
+    return field(default=default, metadata={"parse": parse, "meaning": meaning, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All of them. The name of a field, in upper case behind SIDEGATE_, is the name of its variable."""
+
+    namespace: str = _setting(str, "Namespace of the pod.", default="")
+    pod: str = _setting(str, "Name of the pod: which bundle to ask for.", default="")
+    workload: str = _setting(str, "Name of the Deployment, StatefulSet … that the pod belongs to.", default="")
+    capture: Capture = _setting(_one_of(Capture), "How traffic reaches the sidecar.", default=Capture.LISTEN)
+    listen_host: str = _setting(str, "Address the inbound listener binds.", default="::")
+    listen_port: int = _setting(_port, "Port of the inbound listener.", default=INBOUND_PORT)
+    health_host: str = _setting(str, "Address of the health and metrics listener.", default="::")
+    health_port: int = _setting(_port, "Port of the health and metrics listener.", default=HEALTH_PORT)
+    upstream_host: str = _setting(str, "Address of the MCP server; its port comes with the bundle.", default="127.0.0.1")
+    hosts: str = _setting(str, "Comma-separated authorities under which callers know this server, for Host and Origin checks; empty: any Host, no Origin.", default="")  # fmt: skip # noqa: E501
+    spiffe_socket: str = _setting(str, "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; empty: no workload identity.", default="")  # fmt: skip # noqa: E501
+    spiffe_id: str = _setting(str, "SPIFFE ID to use when the agent offers several; empty: the only one.", default="")
+    control_plane: str = _setting(str, "Base URL of the control plane's bundle endpoint.", default="")
+    control_plane_id: str = _setting(str, "SPIFFE ID that the control plane must show.", default="")
+    bundle_keys: str = _setting(str, "Public keys (PEM, one after the other) one of which must have signed the bundle.", default="")  # fmt: skip # noqa: E501
+    bundle_dir: str = _setting(str, "Directory in which the last good bundle is kept.", default="")
+    bundle_max_age_s: float = _setting(_number(0, 2**31), "Seconds after which a bundle that could not be confirmed is no longer enforced and calls are refused; 0: never.", default=0.0)  # fmt: skip # noqa: E501
+    audit_sink: str = _setting(str, "Where audit records go: stdout, or the path of a file.", default="stdout")
+    otlp_endpoint: str = _setting(str, "Base URL of an OTLP/HTTP receiver when the bundle names none; empty: spans are counted and dropped.", default="")  # fmt: skip # noqa: E501
+    probes: str = _setting(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
+    drain_s: float = _setting(_number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip # noqa: E501
+    max_connections: float = _setting(_number(1, 100_000), "Inbound connections at a time; more wait in the kernel's queue.", default=1024.0)  # fmt: skip # noqa: E501
+    log_level: LogLevel = _setting(_one_of(LogLevel), "Least severe log record that is written.", default=LogLevel.INFO)
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str]) -> Self:
+        """Return the settings in *environment*; raises ConfigError listing every unusable or unknown one."""
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        known = {PREFIX + each.name.upper(): each for each in fields(cls)}
+        for name in sorted(environment):
+            if not name.startswith(PREFIX):
+                continue
+            if name not in known:
+                problems.append(f"{name}: no such setting; known are {', '.join(sorted(known))}")
+                continue
+            setting = known[name]
+            try:
+                values[setting.name] = setting.metadata["parse"](environment[name])
+            except ValueError as error:
+                problems.append(f"{name}={environment[name]!r}: expected {error}")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return cls(**values)
+
+    def to_env(self) -> dict[str, str]:
+        """Return the environment that `from_env` reads these settings from; defaults are left out."""
+        environment: dict[str, str] = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value != setting.default:
+                number = isinstance(value, float) and value.is_integer()
+                environment[PREFIX + setting.name.upper()] = str(int(value) if number else value)
+        return environment

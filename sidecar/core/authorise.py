@@ -1,0 +1,167 @@
+"""Decides whether a principal may send a message: every engine present must allow, and one must be present.
+
+Refuses on an engine's error, on an undefined result and on anything else but a clean allow. Only this module makes a
+Permit (tests/architecture). The document both engines see is versioned; its fields are the contract with policy authors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sidecar.core.identity import Principal
+from sidecar.core.message import Listing, Message, Prompt, Resource, Tool
+from sidecar.core.profile import Server
+from sidecar.errors import Reason, Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """What the caller says of itself: never verified, and named so in the document."""
+
+    session: str | None = None
+    client_name: str | None = None
+    client_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """May *principal* send *message* to *server*? `time_ns` is Unix time."""
+
+    principal: Principal
+    message: Message
+    server: Server
+    agent: Agent
+    time_ns: int
+    protocol_version: str | None = None
+    trace_id: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Return `input`, as Rego sees it; Cedar's entities and context are made from the same fields."""
+        user, workload, target = self.principal.user, self.principal.workload, self.message.target
+        return {
+            "user": None
+            if user is None
+            else {
+                "id": user.id,
+                "issuer": user.issuer,
+                "email": user.email,
+                "role": user.role,
+                "roles": list(user.roles),
+                "groups": list(user.groups),
+                "claims": user.claims,
+            },
+            "workload": None
+            if workload is None
+            else {
+                "spiffe_id": str(workload),
+                "trust_domain": str(workload.trust_domain),
+                "path": workload.path,
+                "namespace": workload.namespace,
+                "service_account": workload.service_account,
+            },
+            "agent": {
+                "id": None if workload is None else str(workload),
+                "session": self.agent.session,
+                "client": {"name": self.agent.client_name, "version": self.agent.client_version},
+            },
+            "server": {
+                "namespace": self.server.namespace,
+                "workload": self.server.workload,
+                "name": self.server.name,
+                "version": self.server.version,
+            },
+            "method": self.message.method,
+            "tool": {"name": target.name, "args": target.arguments} if isinstance(target, Tool) else None,
+            "prompt": {"name": target.name, "args": target.arguments} if isinstance(target, Prompt) else None,
+            "resource": {"uri": target.uri} if isinstance(target, Resource) else None,
+            "request": {
+                "time": self.time_ns,
+                "protocol_version": self.protocol_version,
+                "trace_id": self.trace_id,
+            },
+            "delegation": [],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One engine's answer. *policies* decided it; any of *errors* makes it a denial."""
+
+    allowed: bool
+    policies: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """A policy engine with its policies loaded; `decide` never raises and never blocks beyond its deadline."""
+
+    name: str
+
+    def decide(self, question: Question) -> Verdict:
+        """Return the verdict on *question*."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permit:
+    """Proof that a message was authorised; *policies* are those that allowed it."""
+
+    question: Question
+    policies: tuple[str, ...]
+    revision: str
+
+
+def judge(question: Question, engines: Sequence[Engine]) -> Verdict:
+    """Return the verdict of all *engines* together: each must allow; with none, nothing is allowed."""
+    policies: list[str] = []
+    for engine in engines:
+        verdict = engine.decide(question)
+        if verdict.errors or not verdict.allowed:
+            return Verdict(allowed=False, policies=verdict.policies, errors=verdict.errors)
+        policies.extend(verdict.policies)
+    return Verdict(allowed=bool(engines), policies=tuple(policies))
+
+
+def authorise(question: Question, engines: Sequence[Engine], revision: str) -> Permit:
+    """Return the permit for *question*; raises Refusal(DENIED).
+
+    A lifecycle message (initialize, ping, a client's answer, opening a stream …) needs no rule: it does nothing by
+    itself, and refusing it would demote or kill clients (MCP 2026-07-28, versioning). A listing needs none either: its
+    items are judged one by one on the way back (sidecar/core/filters.py).
+    """
+    target = question.message.target
+    if target is None or isinstance(target, Listing):
+        return Permit(question=question, policies=(), revision=revision)
+    verdict = judge(question, engines)
+    if not verdict.allowed:
+        raise Refusal(
+            Reason.DENIED,
+            f"policy does not allow {question.message.method} on {target.label}",
+            detail="; ".join((*verdict.errors, *verdict.policies)) or "no rule allows it",
+        )
+    return Permit(question=question, policies=verdict.policies, revision=revision)
+
+
+def visible(permit: Permit, targets: Sequence[Tool | Prompt | Resource], engines: Sequence[Engine]) -> Sequence[bool]:
+    """Return, for each of *targets*, whether the permit's principal could call it with some arguments.
+
+    The arguments are empty: a rule that forbids some arguments must not hide the tool from those who call it without.
+    """
+    asked = permit.question
+    answers: list[bool] = []
+    for target in targets:
+        message = asked.message.about(target)
+        question = Question(
+            principal=asked.principal,
+            message=message,
+            server=asked.server,
+            agent=asked.agent,
+            time_ns=asked.time_ns,
+            protocol_version=asked.protocol_version,
+            trace_id=asked.trace_id,
+        )
+        answers.append(judge(question, engines).allowed)
+    return answers
+
+
+NO_ARGUMENTS: Mapping[str, Any] = {}

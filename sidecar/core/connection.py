@@ -1,0 +1,89 @@
+"""What the shell knows of one HTTP request before anyone judged it, and which of its headers may travel on.
+
+Refuses nothing about identity. Hop-by-hop rules: RFC 9110, 7.6.1. Host and Origin: MCP transports, security warning;
+servers that listen on loopback demand a loopback Host, so ours is written there after it was judged here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from certs.verify import Peer
+from sidecar.errors import Reason, Refusal
+
+Headers = Sequence[tuple[bytes, bytes]]  # names in lower case, in the order of the wire
+
+# RFC 9110, 7.6.1, and what belongs to this hop for other reasons.
+HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"content-length",  # written anew from the bytes that are sent
+        b"expect",  # answered here
+        b"host",  # rewritten to the upstream's authority
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# The token's audience is this server's sidecar, not the server (MCP authorization: no token passthrough); the origin
+# was judged here; identity and encoding headers are this side's to write.
+CONSUMED: Final = frozenset({b"authorization", b"origin", b"accept-encoding", b"cookie", b"forwarded", b"x-forwarded-for"})
+RESERVED_PREFIX: Final = b"sidegate-"  # headers of ours; from a caller they are forgeries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """One request on one connection."""
+
+    peer: Peer | None  # the verified workload at the other end; None without mTLS
+    client: str  # address and port, for the record
+    method: str
+    path: str  # without query
+    query: str
+    headers: Headers
+    body: bytes
+
+    def header(self, name: bytes) -> str | None:
+        """Return the value of *name* (lower case); None when absent; raises Refusal(MALFORMED) when given twice.
+
+        A second value is refused wherever we read one: servers differ in which of the two they take.
+        """
+        values = [value for key, value in self.headers if key == name]
+        if len(values) > 1:
+            raise Refusal(Reason.MALFORMED, f"the header {name.decode('ascii')} is given more than once")
+        return values[0].decode("latin-1") if values else None
+
+
+def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """Return those of *headers* that the upstream may see, in order and byte for byte."""
+    nominated = {
+        option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
+    }
+    dropped = HOP_BY_HOP | CONSUMED | nominated
+    return [
+        (name, value) for name, value in headers if name not in dropped and not name.startswith(RESERVED_PREFIX)
+    ]
+
+
+def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """Return those of the upstream's *headers* that the caller may see."""
+    nominated = {
+        option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
+    }
+    dropped = HOP_BY_HOP | nominated
+    return [(name, value) for name, value in headers if name not in dropped]
+
+
+def check_origin(connection: Connection, hosts: frozenset[str]) -> None:
+    """Refuse a browser's cross-site request: MCP transports, DNS rebinding. Raises Refusal(FORBIDDEN_CALLER).
+
+    *hosts* are the authorities under which this server is known; without an Origin header there is nothing to judge.
+    """
+    origin = connection.header(b"origin")
+    if origin is not None and origin.partition("://")[2] not in hosts:
+        raise Refusal(Reason.FORBIDDEN_CALLER, "this Origin may not call", detail=origin[:256])

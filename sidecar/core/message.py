@@ -1,0 +1,285 @@
+"""Reads one MCP message from the bytes of an HTTP request; the same bytes are forwarded, so nothing may be ambiguous.
+
+Refuses what two JSON readers could understand differently: duplicate keys, a BOM, UTF-16, NaN, lone surrogates, two
+documents, a message that is both request and response, batches, ids that are neither string nor integer. Refuses every
+method that the table below does not name. JSON-RPC 2.0; RFC 8259; MCP 2024-11-05 to 2025-11-25, server and client
+features. Differences between real servers are why (docs/explanation/threat-model.md).
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import orjson
+
+from sidecar.errors import Reason, Refusal
+
+MAX_DEPTH: Final = 64  # nesting levels; SDKs' own parsers stop between 100 and 1000, engines at about 120
+MAX_ID_CHARS: Final = 256  # a request id is echoed in every refusal; SDKs use counters and UUIDs
+
+
+class Shape(StrEnum):
+    """What a message is on the wire."""
+
+    REQUEST = "request"
+    NOTIFICATION = "notification"
+    RESPONSE = "response"
+    OPEN_STREAM = "open_stream"  # HTTP GET: server-to-client stream (2025-03-26 and later)
+    CLOSE_SESSION = "close_session"  # HTTP DELETE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A tool, by its exact name: no trimming, no case folding, no Unicode normalisation."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Return what a refusal calls it."""
+        return f"tool {self.name!r}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt, by its exact name."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Return what a refusal calls it."""
+        return f"prompt {self.name!r}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    """A resource or a resource template, by its exact URI."""
+
+    uri: str
+
+    @property
+    def label(self) -> str:
+        """Return what a refusal calls it."""
+        return f"resource {self.uri!r}"
+
+
+class Listing(StrEnum):
+    """A listing, named after the member of its result that holds the items."""
+
+    TOOLS = "tools"
+    PROMPTS = "prompts"
+    RESOURCES = "resources"
+    TEMPLATES = "resourceTemplates"
+
+
+Target = Tool | Prompt | Resource | Listing | None
+RequestId = str | int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One MCP message. *target* is what it must be authorised on; None for lifecycle messages."""
+
+    shape: Shape
+    method: str
+    id: RequestId | None = None
+    target: Target = None
+    params: Mapping[str, Any]
+    body: bytes = b""
+
+    def about(self, target: Tool | Prompt | Resource) -> "Message":
+        """Return the message by which a client would use *target*."""
+        return Message(shape=Shape.REQUEST, method=_USE[type(target)], target=target, params={})
+
+
+_USE: Final = {Tool: "tools/call", Prompt: "prompts/get", Resource: "resources/read"}
+
+
+def _arguments(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = params.get("arguments")
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise malformed("params.arguments must be an object")
+    return arguments
+
+
+def _text(params: Mapping[str, Any], key: str) -> str:
+    value = params.get(key)
+    if not isinstance(value, str):
+        raise malformed(f"params.{key} must be a string")
+    return value
+
+
+def _tool(params: Mapping[str, Any]) -> Target:
+    return Tool(name=_text(params, "name"), arguments=_arguments(params))
+
+
+def _prompt(params: Mapping[str, Any]) -> Target:
+    return Prompt(name=_text(params, "name"), arguments=_arguments(params))
+
+
+def _resource(params: Mapping[str, Any]) -> Target:
+    return Resource(uri=_text(params, "uri"))
+
+
+def _reference(params: Mapping[str, Any]) -> Target:
+    """Completion leaks the values of a prompt's or a template's arguments, so it needs the same right as using it."""
+    reference = params.get("ref")
+    if isinstance(reference, dict):
+        match reference.get("type"):
+            case "ref/prompt":
+                return Prompt(name=_text(reference, "name"), arguments={})
+            case "ref/resource":
+                return Resource(uri=_text(reference, "uri"))
+    raise malformed("params.ref must be a ref/prompt or a ref/resource")
+
+
+def _nothing(_: Mapping[str, Any]) -> Target:
+    return None
+
+
+def _listing(listing: Listing) -> Callable[[Mapping[str, Any]], Target]:
+    return lambda _: listing
+
+
+# Every request that a client may send, and what it is authorised on. A method that is not here is refused.
+REQUESTS: Final[Mapping[str, Callable[[Mapping[str, Any]], Target]]] = {
+    "initialize": _nothing,
+    "ping": _nothing,
+    "server/discover": _nothing,
+    "logging/setLevel": _nothing,
+    "tools/list": _listing(Listing.TOOLS),
+    "prompts/list": _listing(Listing.PROMPTS),
+    "resources/list": _listing(Listing.RESOURCES),
+    "resources/templates/list": _listing(Listing.TEMPLATES),
+    "tools/call": _tool,
+    "prompts/get": _prompt,
+    "resources/read": _resource,
+    "resources/subscribe": _resource,
+    "resources/unsubscribe": _resource,
+    "completion/complete": _reference,
+}
+NOTIFICATIONS: Final = frozenset(
+    {
+        "notifications/initialized",
+        "notifications/cancelled",
+        "notifications/progress",
+        "notifications/roots/list_changed",
+    }
+)
+
+
+def malformed(what: str) -> Refusal:
+    """Return the refusal of a message that is not well formed in *what*."""
+    return Refusal(Reason.MALFORMED, what)
+
+
+def parse(body: bytes) -> Message:
+    """Return the message in *body*; raises Refusal(MALFORMED or UNKNOWN_METHOD), carrying no part of the content."""
+    document = read_json(body)
+    if isinstance(document, list):
+        raise malformed("a batch is not accepted here: send one message per request")
+    if not isinstance(document, dict):
+        raise malformed("a JSON-RPC message is an object")
+    if document.get("jsonrpc") != "2.0":
+        raise malformed('jsonrpc must be "2.0"')
+    answers = "result" in document or "error" in document
+    if "method" in document:
+        if answers:
+            raise malformed("a message is a request or a response, not both")
+        return _call(document, body)
+    if not answers:
+        raise malformed("a message has a method, a result or an error")
+    if "result" in document and "error" in document:
+        raise malformed("a response has a result or an error, not both")
+    return Message(shape=Shape.RESPONSE, method="response", id=_id(document), params={}, body=body)
+
+
+def _call(document: Mapping[str, Any], body: bytes) -> Message:
+    method, params = document["method"], document.get("params", {})
+    if not isinstance(method, str):
+        raise malformed("method must be a string")
+    if not isinstance(params, dict):
+        raise malformed("params must be an object")
+    if "id" not in document:
+        if method not in NOTIFICATIONS:
+            raise Refusal(Reason.UNKNOWN_METHOD, "this notification is not known here", detail=method[:MAX_ID_CHARS])
+        return Message(shape=Shape.NOTIFICATION, method=method, params=params, body=body)
+    request_id, read_target = _id(document), REQUESTS.get(method)
+    try:
+        if read_target is None:
+            raise Refusal(Reason.UNKNOWN_METHOD, "this method is not known here", detail=method[:MAX_ID_CHARS])
+        target = read_target(params)
+    except Refusal as refusal:
+        refusal.id = request_id  # the caller's SDK finds its call again only by the id
+        raise
+    return Message(shape=Shape.REQUEST, method=method, id=request_id, target=target, params=params, body=body)
+
+
+def _id(document: Mapping[str, Any]) -> RequestId:
+    value = document.get("id")
+    # bool is an int in Python; a server may read true as 1, so it is no id.
+    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_ID_CHARS:
+        raise malformed(f"id must be a string or an integer of at most {MAX_ID_CHARS} characters")
+    return value
+
+
+def read_json(body: bytes) -> Any:
+    """Return the one JSON document in *body*; raises Refusal(MALFORMED) where readers could disagree.
+
+    The fast way: what orjson reads and writes back to the very same bytes is canonical, so it has neither duplicate
+    keys nor odd numbers. Everything else is read again, four times slower, by a reader that looks at each pair.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise malformed("the body is not one JSON document in UTF-8") from error
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(document) > MAX_DEPTH:
+        raise malformed(f"the message is nested deeper than {MAX_DEPTH} levels")
+    return document if orjson.dumps(document) == body else _read_slowly(body)
+
+
+def _read_slowly(body: bytes) -> Any:
+    try:
+        text = body.decode()
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _ESCAPED_SURROGATE.search(text):
+            json.dumps(document, ensure_ascii=False).encode()  # raises on a lone surrogate
+    except (ValueError, RecursionError) as error:
+        raise malformed("the body is not one JSON document in UTF-8") from error
+    return document
+
+
+_ESCAPED_SURROGATE: Final = re.compile(r"\\u[dD][89abAB]")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise malformed("an object names the same member twice")  # every SDK's server takes the last one
+    return members
+
+
+def _no_constant(_: str) -> None:
+    raise malformed("NaN and Infinity are not JSON")
+
+
+def _depth(document: Any) -> int:
+    """Return how deep *document* is nested, without recursion: the depth is the caller's choice."""
+    deepest, layer = 0, [document]
+    while layer:
+        deepest += 1
+        layer = [
+            child
+            for parent in layer
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    return deepest

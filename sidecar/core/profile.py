@@ -1,0 +1,125 @@
+"""What `sidegate.json` in a bundle says of one workload: identity, limits, audit, telemetry.
+
+Written by the control plane (webhook/core/compile.py), read by the sidecar; unknown fields are refused, because a
+misspelt restriction that is ignored is a hole. Format version 1; the reference page is generated from these types.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from sidecar.errors import BundleError
+
+FORMAT: Literal[1] = 1
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*$", max_length=512)]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
+    """Base of every record here: immutable, by keyword, nothing unknown."""
+
+
+class Server(Record):
+    """The MCP server behind the sidecar."""
+
+    namespace: str
+    workload: str
+    name: str
+    version: str = ""
+    port: Port
+    paths: tuple[Path, ...] = ("/mcp",)
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=64 * 2**20)] = 4 * 2**20  # the SDKs' own limit
+
+
+class ClaimPaths(Record):
+    """Which claim of an access token becomes which field of `input.user`; dots step into objects."""
+
+    id: str = "sub"
+    email: str = "email"
+    role: str = "role"
+    roles: str = "roles"
+    groups: str = "groups"
+
+
+class Provider(Record):
+    """An OpenID provider whose access tokens are accepted."""
+
+    name: str
+    issuer: Annotated[str, msgspec.Meta(min_length=8)]
+    audiences: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    jwks_uri: str | None = None  # None: read from <issuer>/.well-known/openid-configuration
+    ca_pem: str | None = None  # None: the system's roots
+    algorithms: Annotated[tuple[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"], ...], msgspec.Meta(min_length=1)] = ("RS256", "PS256", "ES256", "EdDSA")  # fmt: skip
+    leeway_s: Annotated[int, msgspec.Meta(ge=0, le=120)] = 30
+    claims: ClaimPaths = ClaimPaths()
+
+
+class Identity(Record):
+    """Who may call at all; what they may do is the policies' business."""
+
+    mtls: Literal["strict", "permissive"] = "strict"  # permissive: callers without a SVID are let in as nobody
+    user: Literal["required", "optional"] = "required"
+    callers: tuple[str, ...] = ()  # SPIFFE ID patterns (certs.spiffe.SpiffePattern); empty: no workload may call
+    providers: tuple[Provider, ...] = ()
+
+
+class Limit(Record):
+    """A token bucket for each combination of `per`."""
+
+    name: str
+    rate_per_s: Annotated[float, msgspec.Meta(gt=0)]
+    burst: Annotated[int, msgspec.Meta(ge=1)]
+    per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
+    methods: tuple[str, ...] = ("tools/call",)
+    tools: tuple[str, ...] = ()  # empty: every tool
+
+
+class Audit(Record):
+    """What an audit record holds of a call's content; sizes and hashes are always there."""
+
+    arguments: Literal["full", "hash"] = "full"
+    results: Literal["full", "hash"] = "full"
+    redact: tuple[str, ...] = ("password", "secret", "token", "api_key", "authorization")  # field names, any depth
+    max_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 8192  # of each; more is cut, and said so
+
+
+class Telemetry(Record):
+    """Where spans go, and whether they carry content."""
+
+    otlp_endpoint: str | None = None  # base URL of an OTLP/HTTP receiver, as OTEL_EXPORTER_OTLP_ENDPOINT
+    content: bool = False  # tool arguments and results on spans (opt-in by the semantic conventions)
+
+
+class Policies(Record):
+    """Which engines the bundle carries, and what they can read (`design`: projection)."""
+
+    cedar: bool = False
+    rego: bool = False
+    reads: tuple[str, ...] | None = None  # input paths; None: not provable, hand over the whole document
+    pure: bool = False  # no policy reads the time or another impure builtin: verdicts may be cached
+
+
+class Profile(Record):
+    """All of `sidegate.json`."""
+
+    format: Literal[1] = FORMAT
+    server: Server
+    identity: Identity = Identity()
+    limits: tuple[Limit, ...] = ()
+    audit: Audit = Audit()
+    telemetry: Telemetry = Telemetry()
+    policies: Policies = Policies()
+
+
+def decode(data: bytes) -> Profile:
+    """Return the profile in *data*; raises BundleError naming the field and what is expected there."""
+    try:
+        return msgspec.json.decode(data, type=Profile)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"sidegate.json: {error}") from error
+
+
+def encode(profile: Profile) -> bytes:
+    """Return the same bytes for the same profile: keys sorted, no white space."""
+    return msgspec.json.encode(profile, order="sorted")

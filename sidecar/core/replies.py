@@ -1,0 +1,75 @@
+"""Gives each refusal its one shape on the wire.
+
+A refused call is HTTP 200 with a JSON-RPC error that carries the request's id: the only shape that every SDK generation
+survives; 4xx kills Python 1.x and Go 1.6 clients. 401, 403 and 404 are kept for what HTTP must say (authentication,
+sessions), 400 and its kin for what could not be read. Codes stay outside -32768..-32000, except those that JSON-RPC
+itself defines (MCP 2026-07-28, error codes).
+"""
+
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import orjson
+
+from sidecar.core.message import RequestId
+from sidecar.errors import Reason, Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """An HTTP response that the sidecar itself gives."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+def answer(refusal: Refusal, request_id: RequestId | None) -> Response:
+    """Return the response to a request that was refused; *request_id* is None where there is none to answer."""
+    status, code = _codes(refusal.reason)
+    if request_id is None and status == 200:
+        # A refused notification: a 4xx would end a Python 1.x session, and nobody waits for a body.
+        return Response(status=202, headers=(), body=b"")
+    data: dict[str, Any] = {"reason": refusal.reason}
+    headers = [(b"content-type", b"application/json")]
+    if refusal.retry_after_s is not None:
+        data["retryAfterSeconds"] = refusal.retry_after_s
+        headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
+    if refusal.reason is Reason.UNAUTHENTICATED:
+        headers.append((b"www-authenticate", b'Bearer error="invalid_token"'))
+    error: dict[str, Any] = {"jsonrpc": "2.0", "error": {"code": code, "message": refusal.public, "data": data}}
+    if request_id is not None:  # left out, not null: TypeScript's SDK refuses a null id
+        error["id"] = request_id
+    return Response(status=status, headers=tuple(headers), body=orjson.dumps(error))
+
+
+def _codes(reason: Reason) -> tuple[int, int]:
+    """Return (HTTP status, JSON-RPC code)."""
+    match reason:
+        case Reason.DENIED:
+            return 200, 403
+        case Reason.THROTTLED:
+            return 200, 429
+        case Reason.UPSTREAM:
+            return 200, -32603
+        case Reason.FAULT:
+            return 200, -32603
+        case Reason.UNKNOWN_METHOD:
+            return 200, -32601
+        case Reason.MALFORMED:
+            return 400, -32600
+        case Reason.UNAUTHENTICATED:
+            return 401, 401
+        case Reason.FORBIDDEN_CALLER:
+            return 403, 403
+        case Reason.NOT_FOUND:
+            return 404, 404
+        case Reason.METHOD_NOT_ALLOWED:
+            return 405, 405
+        case Reason.TOO_LARGE:
+            return 413, 413
+        case Reason.UNSUPPORTED_MEDIA:
+            return 415, 415
+        case Reason.NOT_READY:
+            return 503, 503
+    assert_never(reason)

@@ -1,0 +1,48 @@
+"""All that is known of one message, from its first byte to its last: what audit, metrics and spans are made of.
+
+Filled in stage by stage; the record of a refused message shows how far it got. One for every message, refused and
+unreadable ones included.
+"""
+
+from dataclasses import dataclass, field
+
+from sidecar.core.authorise import Agent, Permit
+from sidecar.core.connection import Connection
+from sidecar.core.identity import Principal
+from sidecar.core.limits import Admission
+from sidecar.core.message import Message
+from sidecar.core.profile import Profile
+from sidecar.errors import Refusal
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """Mutated by the pipeline and by the return path in sidecar/shell/inbound.py; read-only for observers."""
+
+    connection: Connection
+    profile: Profile | None  # None: refused before any bundle was there
+    revision: str
+    started_ns: int  # Unix time
+    clock_s: float  # monotonic, at the same moment
+    trace_id: str
+    span_id: str
+    parent_id: str | None = None
+    sampled: bool = True
+    session_id: str | None = None
+    agent: Agent = field(default_factory=Agent)
+    protocol_version: str | None = None
+    principal: Principal | None = None
+    message: Message | None = None
+    permit: Permit | None = None
+    admission: Admission | None = None
+    refusal: Refusal | None = None
+    judged_s: float = 0.0  # seconds from the first line to the admission or refusal
+    upstream_s: float | None = None  # seconds from sending to the answer; None: never sent
+    total_s: float = 0.0
+    status: int = 0  # HTTP status that the client got
+    result: bytes | None = None  # the response message, when there was one small enough to keep
+    result_bytes: int = 0
+    error_code: int | None = None  # of the server's JSON-RPC error
+    tool_failed: bool = False
+    hidden: int = 0  # list items that the principal may not see
+    aborted: str | None = None  # why the answer did not reach its end: client gone, upstream cut, drained

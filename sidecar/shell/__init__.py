@@ -1,0 +1,1 @@
+"""Sockets, files and time around the core; nothing here decides."""
