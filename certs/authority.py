@@ -1,7 +1,8 @@
 """Make a certificate authority and sign leaves: serving certificates (DNS names) and X.509-SVIDs (one SPIFFE ID).
 
 Refuses nothing by itself but malformed material; who may have which certificate is the caller's decision.
-Pure but for `make_key`: clock and serial are arguments. Keys are P-256: every peer we meet can use them and a signature costs microseconds.
+Pure but for `make_key`: clock and serial are arguments.
+Keys are P-256: every peer we meet can use them, and a signature costs microseconds.
 Source: RFC 5280 section 4.2; X509-SVID sections 2 to 5; CA/Browser Forum profile for serving certificates.
 """
 
@@ -49,7 +50,7 @@ class Authority:
         trust_domain: TrustDomain | None = None,
         issuer: Self | None = None,
     ) -> Self:
-        """Return a CA named *name*: self-signed, or signed by *issuer*; with *trust_domain*, one that may sign its SVIDs."""
+        """Return a CA named *name*: self-signed, or signed by *issuer*; with *trust_domain*, marked as its CA."""
         builder = (
             _certificate(_name(name), key.public_key(), issuer, now, lifetime, serial)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)

@@ -1,4 +1,4 @@
-"""What can go wrong with identities: each error says which rule was broken, and peers and agents come with a closed set of reasons.
+"""What can go wrong with identities: an error says which rule was broken, and refused peers and agents have a reason.
 
 Reasons are enums because audit records, metrics and readiness print them; nobody branches on the text of an error.
 """
@@ -67,7 +67,7 @@ class UntrustedChain(CertsError):  # noqa: N818 - same
         self.serial = serial
 
 
-class Expired(UntrustedChain):  # noqa: N818 - same
+class Expired(UntrustedChain):
     """The peer's leaf is outside its validity (reason `expired` or `not-yet-valid`)."""
 
 

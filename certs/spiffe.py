@@ -1,6 +1,6 @@
 """Parse and print SPIFFE IDs, trust domains and the patterns that settings compare them with (pure).
 
-Refuses everything the standard does not allow instead of repairing it: no lower-casing, no percent-decoding, no trimming of slashes.
+Refuses everything the standard does not allow instead of repairing it: no lower-casing, percent-decoding or trimming.
 Two spellings of one identity would be two identities to whoever compares strings.
 Source: SPIFFE-ID (spiffe.io, "The SPIFFE Identity and Verifiable Identity Document"), sections 2.1 to 2.4.
 """

@@ -1,6 +1,7 @@
-"""Our own identity as values: an X.509-SVID with its key, and the snapshot of SVID and bundles that one update gives (pure).
+"""Our own identity as values: an X.509-SVID with its key, and the snapshot that one update gives (pure).
 
-Refuses an SVID that peers would refuse: another ID than announced, a key of another certificate, expired, or not chaining to its own bundle.
+Refuses an SVID that peers would refuse: expired, not chaining to its own bundle, with another ID than announced,
+or with the key of another certificate.
 A federated bundle that cannot be read costs its own domain only, by name in `rejected_domains`.
 Source: SPIFFE Workload API section 5.2 (X.509-SVID profile); X509-SVID section 2.
 """
@@ -99,12 +100,15 @@ class X509Snapshot:
         rejected = set()
         for name, blob in federated.items():
             try:
-                domain = TrustDomain.parse(name)
-                if domain in anchors:
-                    raise BadCertificate(f"bundle of {domain}: named twice")
-                anchors[domain] = load_bundle(blob)
+                domain, certificates = TrustDomain.parse(name), load_bundle(blob)
             except (BadSpiffeId, BadCertificate):
                 rejected.add(name)
+                continue
+            # The own bundle comes with the SVID only; a federated entry must never replace or widen it.
+            if domain in anchors:
+                rejected.add(name)
+            else:
+                anchors[domain] = certificates
         bundles = TrustBundles(anchors)
         svid = Svid.parse(spiffe_id, chain, key_der, bundles, now=now)
         return cls(svid=svid, bundles=bundles, rejected_domains=frozenset(rejected), received_at=now)
@@ -122,7 +126,7 @@ def load_bundle(blob: bytes) -> tuple[x509.Certificate, ...]:
 
 
 def split_der(blob: bytes) -> tuple[bytes, ...]:
-    """Return the DER sequences that stand in a row in *blob*, unread. Raises BadCertificate when they do not fill it."""
+    """Return the DER sequences that stand in a row in *blob*, unread. Raises BadCertificate unless they fill it."""
     return tuple(_sequences(blob))
 
 

@@ -1,7 +1,8 @@
-"""Build every ssl.SSLContext of the product: mutual TLS between SPIFFE identities, the webhook's HTTPS, ordinary HTTPS clients.
+"""Build every ssl.SSLContext of the product: mutual TLS between SPIFFE IDs, the webhook's HTTPS, plain HTTPS clients.
 
 A SPIFFE handshake counts only once `verify_peer` has accepted the chain, before the application sees a byte.
-Refuses handshakes while no valid SVID is there, resumed sessions, TLS below 1.3, and blocking sockets, which would go round the check.
+Refuses handshakes while no valid SVID is there, resumed sessions, TLS below 1.3, and blocking sockets,
+which would go round the check.
 Private keys reach OpenSSL through a memfd: they never touch a file system.
 Source: X509-SVID section 5; RFC 8446; why each line stands where it does is said beside it.
 """
@@ -34,6 +35,7 @@ OnRefused = Callable[[PeerReason, int | None], None]
 
 ALPN = ["http/1.1"]
 _X509_V_ERR_CERT_HAS_EXPIRED = 10  # openssl/x509_vfy.h; ssl has no name for it
+_ENCODING_DER = 2  # _ssl.ENCODING_DER, private as the call that needs it
 MAX_CLIENT_CONTEXTS = 64  # one per expected server; about 100 KiB each, so a wrong caller costs 6 MiB at most
 
 
@@ -72,7 +74,7 @@ class _SpiffeContext(ssl.SSLContext):
 
     rules: _Rules
 
-    def wrap_socket(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
+    def wrap_socket(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: SSLSocket knows nothing of SPIFFE and would let any certificate of the merged store in."""
         raise NotImplementedError("SPIFFE contexts serve asyncio transports only")
 
@@ -155,13 +157,13 @@ def _sent_chain(connection: Any) -> list[bytes]:
     """Return the certificates as the peer sent them, DER, leaf first."""
     if sys.version_info >= (3, 13):
         return list(connection.get_unverified_chain())
-    # Public only since 3.13; before, the same call on the C object behind, giving certificate objects (1 = PEM, 2 = DER).
+    # Public only since 3.13; before, the same call on the C object behind, giving certificate objects.
     raw: _UnverifiedChain = connection._sslobj  # noqa: SLF001 - see above
-    return [certificate.public_bytes(2) for certificate in raw.get_unverified_chain() or ()]
+    return [certificate.public_bytes(_ENCODING_DER) for certificate in raw.get_unverified_chain() or ()]
 
 
 def _harden(context: ssl.SSLContext, verify_mode: ssl.VerifyMode) -> None:
-    """Set what must not differ between a listener's base context and the one swapped in: OpenSSL takes it from the base."""
+    """Set what must be the same in a listener's base context and in the one swapped in: OpenSSL keeps the base's."""
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # SPIFFE peers have IDs, not names
     context.verify_mode = verify_mode
@@ -217,7 +219,7 @@ def _load_key(context: ssl.SSLContext, parts: Iterable[bytes | bytearray]) -> No
     except OSError as error:
         raise BadCertificate(f"private key: no anonymous memory to load it from: {error}") from error
     try:
-        with open(descriptor, "wb", closefd=False) as memory:  # noqa: PTH123 - a descriptor, not a path
+        with open(descriptor, "wb", closefd=False) as memory:
             memory.write(pem)
         # password: OpenSSL must never ask a terminal.
         context.load_cert_chain(f"/proc/self/fd/{descriptor}", password=b"")
@@ -231,7 +233,7 @@ def _load_key(context: ssl.SSLContext, parts: Iterable[bytes | bytearray]) -> No
 
 
 class _Swapping:
-    """A listener's base context, without key, and the context that new handshakes are moved to. Mutated by its own methods."""
+    """A listener's base context, without key, and the context that new handshakes are moved to. Mutated by itself."""
 
     def __init__(self, base: ssl.SSLContext, now: Clock) -> None:
         self._base = base
@@ -241,7 +243,7 @@ class _Swapping:
 
     @property
     def context(self) -> ssl.SSLContext:
-        """The context for the listener, good for its whole life; until there is a certificate, handshakes get an alert."""
+        """The listener's context for its whole life; while there is no valid certificate, handshakes get an alert."""
         return self._base
 
     def withdraw(self) -> None:
@@ -279,7 +281,7 @@ class MutualServer(_Swapping):
         super().__init__(_spiffe_context(ssl.PROTOCOL_TLS_SERVER, self._verify_mode, self._rules()), now)
 
     def use(self, svid: Svid, bundles: TrustBundles) -> None:
-        """Serve *svid* and trust *bundles* from the next handshake on. Raises BadCertificate; what was in use then stays."""
+        """Serve *svid* and trust *bundles* from the next handshake on. Raises BadCertificate; the old stay."""
         rules = self._rules(svid, bundles)
         context = _spiffe_context(ssl.PROTOCOL_TLS_SERVER, self._verify_mode, rules)
         _load(context, svid, bundles)
@@ -336,7 +338,7 @@ class MutualClient:
     def context(self, expected: SpiffePattern) -> ssl.SSLContext:
         """Return the context for a connection to a server whose ID must match *expected*, whatever its host name.
 
-        Ask for each request: the same object comes back until the SVID changes, so that connection pools keyed by it work.
+        Ask for each request: the same object comes back until the SVID changes, so that pools keyed by it work.
         Raises WorkloadApiError without SVID, Expired when it has run out, BadCertificate when OpenSSL refuses it.
         """
         if self._identity is None:
@@ -366,13 +368,13 @@ class MutualClient:
 
 
 class ServingServer(_Swapping):
-    """Plain HTTPS with a certificate that can be replaced while serving: the webhook's. Clients are not asked who they are."""
+    """Plain HTTPS (the webhook's) with a certificate that is replaced while serving. Clients are not asked who they are."""
 
     def __init__(self, *, now: Clock = utc_now) -> None:
         super().__init__(self._make(), now)
 
     def use(self, chain_pem: bytes, key_pem: bytes) -> None:
-        """Serve this certificate (leaf first) from the next handshake on. Raises BadCertificate; the one in use then stays."""
+        """Serve this chain (leaf first) from the next handshake on. Raises BadCertificate; the old one then stays."""
         try:
             leaf = x509.load_pem_x509_certificate(chain_pem)
         except ValueError as error:
@@ -411,6 +413,6 @@ def web_client_context(*, anchors_pem: bytes | None = None) -> ssl.SSLContext:
 
 
 def peer_of(transport: asyncio.BaseTransport) -> Peer | None:
-    """Return who is at the other end of *transport*; None for an anonymous client and for anything but our SPIFFE TLS."""
+    """Return who is at the other end of *transport*; None for anonymous clients and for anything but SPIFFE TLS."""
     connection = transport.get_extra_info("ssl_object")
     return connection.peer if isinstance(connection, _SpiffeConnection) else None

@@ -1,7 +1,8 @@
 """Decide which SPIFFE ID a peer's certificate chain proves (pure).
 
-A leaf is verified only against the anchors of its own trust domain: with one merged store any federated domain could forge IDs of every other.
-Refuses leaves without exactly one SPIFFE URI, CA certificates, wrong key usage, and anything outside its validity, without leeway.
+A leaf is verified only against the anchors of its own trust domain:
+with one merged store any federated domain could forge the IDs of every other.
+Refuses leaves without exactly one SPIFFE URI, CA certificates, wrong key usage, expired ones without leeway.
 URI name constraints on a CA are not supported by the validator, which then refuses the chain.
 Source: X509-SVID sections 2, 4 and 5; RFC 5280 section 6, performed by cryptography's verifier.
 """
@@ -97,7 +98,7 @@ def verify_peer(
 ) -> Peer:
     """Return the peer that *chain_der* (leaf first) proves at *now*.
 
-    With *strict_eku* the leaf must name *usage*; without it, a leaf with other extended key usages passes as it does in go-spiffe.
+    With *strict_eku* the leaf must name *usage*; without it any extended key usage passes, as in go-spiffe.
     Raises Expired when the leaf is outside its validity, UntrustedChain for every other doubt.
     """
     leaf, *intermediates = _load(chain_der)

@@ -1,0 +1,301 @@
+"""Keep this process's X.509-SVID and bundles current: one stream from the SPIFFE Workload API, and its state machine.
+
+Publishes a snapshot only when every check of certs.svid passes; else the last good one stays until it expires.
+Refuses to guess: several identities without a configured choice are none; a withdrawn or expired one ends at once.
+The agent reports neither expiry nor its own freezing: the clock here decides, and silence means dialling again.
+Source: SPIFFE Workload API, sections 4 to 6; back-off after go-spiffe.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, NoReturn
+
+from grpclib.client import Channel, UnaryStreamMethod
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
+
+from certs.errors import CertsError, WorkloadApiError, WorkloadReason
+from certs.messages import METADATA, METHODS, messages
+from certs.spiffe import SpiffeId
+from certs.svid import X509Snapshot
+
+__all__ = ["Selection", "Timing", "WorkloadState", "X509Source", "socket_path"]
+
+Subscriber = Callable[[X509Snapshot | None], None]
+
+
+class WorkloadState(StrEnum):
+    """How things stand, in the word that readiness shows."""
+
+    STARTING = "starting"
+    NO_AGENT = "no-agent"
+    NO_IDENTITY = "no-identity"
+    MALFORMED = "malformed"
+    AMBIGUOUS = "ambiguous"
+    EXPIRED = "expired"
+    EXPIRING = "expiring"
+    DEGRADED = "degraded"
+    READY = "ready"
+
+
+# What an error means while there is no SVID to go on with.
+_STATE_WITHOUT_SVID = {
+    WorkloadReason.NO_AGENT: WorkloadState.NO_AGENT,
+    WorkloadReason.SILENT: WorkloadState.NO_AGENT,
+    WorkloadReason.REJECTED: WorkloadState.NO_AGENT,
+    WorkloadReason.NO_IDENTITY: WorkloadState.NO_IDENTITY,
+    WorkloadReason.MALFORMED: WorkloadState.MALFORMED,
+    WorkloadReason.AMBIGUOUS: WorkloadState.AMBIGUOUS,
+}
+_ANSWERED_NO = (WorkloadReason.NO_IDENTITY, WorkloadReason.REJECTED)
+_REASON_OF_STATUS = {
+    Status.PERMISSION_DENIED: WorkloadReason.NO_IDENTITY,
+    Status.INVALID_ARGUMENT: WorkloadReason.REJECTED,
+    Status.UNIMPLEMENTED: WorkloadReason.REJECTED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which of several SVIDs is ours: by SPIFFE ID, by hint, or by both. With neither there must be one ID only."""
+
+    spiffe_id: SpiffeId | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Waits, in seconds."""
+
+    dial_s: float = 5.0
+    """For connecting and for the first message: a healthy agent answers in milliseconds."""
+    lost_min_s: float = 0.1
+    lost_max_s: float = 5.0
+    """Back-off while the agent cannot be reached; short, since a restarting agent is back in about a second."""
+    denied_min_s: float = 1.0
+    denied_max_s: float = 30.0
+    """Back-off while the agent answers no: each try is an attestation and an error line in its log."""
+    patience_min_s: float = 5.0
+    """The least time a silent stream is left alone."""
+    reserve_s: float = 5.0
+    """Remaining life below which we stop being ready, so that traffic has moved away when the SVID ends."""
+
+
+def socket_path(address: str) -> str:
+    """Return the path in *address*, `unix:/path` or `unix:///path`. Raises WorkloadApiError (rejected)."""
+    path = address.removeprefix("unix:")
+    if path.startswith("//"):
+        path = path.removeprefix("//")
+    if not address.startswith("unix:") or not path.startswith("/"):
+        raise WorkloadApiError(
+            WorkloadReason.REJECTED, f"Workload API address {address!r}: allowed are unix:/path and unix:///path"
+        )
+    return path
+
+
+class X509Source:
+    """The current X.509-SVID and bundles. Mutated by `run` alone, on the loop that runs it."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        selection: Selection | None = None,
+        timing: Timing | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._path = socket_path(address)
+        self._selection = selection or Selection()
+        self._timing = timing or Timing()
+        self._now = now
+        self._snapshot: X509Snapshot | None = None
+        self._trouble: WorkloadApiError | None = None
+        self._digest = b""  # of the update that gave the snapshot: agents repeat themselves
+        self._subscribers: list[Subscriber] = []
+        self._ready = asyncio.Event()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._lost = _Backoff(self._timing.lost_min_s, self._timing.lost_max_s)
+        self._denied = _Backoff(self._timing.denied_min_s, self._timing.denied_max_s)
+
+    @property
+    def current(self) -> X509Snapshot | None:
+        """The snapshot to use now; None when there never was one, it was withdrawn, or its SVID has expired."""
+        snapshot = self._snapshot
+        return snapshot if snapshot is not None and self._now() <= snapshot.svid.not_after else None
+
+    @property
+    def state(self) -> WorkloadState:
+        """The state at this moment, by our own clock."""
+        if self._snapshot is None:
+            return WorkloadState.STARTING if self._trouble is None else _STATE_WITHOUT_SVID[self._trouble.reason]
+        remaining_s = self._remaining_s(self._snapshot)
+        if remaining_s < 0:
+            return WorkloadState.EXPIRED
+        if remaining_s < self._timing.reserve_s:
+            return WorkloadState.EXPIRING
+        return WorkloadState.READY if self._trouble is None else WorkloadState.DEGRADED
+
+    @property
+    def detail(self) -> str:
+        """One line about the state for whoever asks why."""
+        about = (
+            f"{self._snapshot.svid.spiffe_id} until {self._snapshot.svid.not_after:%FT%TZ}" if self._snapshot else ""
+        )
+        return "; ".join(part for part in (about, str(self._trouble or "")) if part)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether traffic may be sent here."""
+        return self.state in (WorkloadState.READY, WorkloadState.DEGRADED)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Call *subscriber* now and at every change, on the loop: a snapshot to use, or None to stop at once.
+
+        A CertsError from it refuses the update as malformed; anything else ends `run`.
+        """
+        self._subscribers.append(subscriber)
+        subscriber(self.current)
+
+    async def wait_ready(self) -> None:
+        """Return once there is a snapshot. The caller sets the timeout."""
+        await self._ready.wait()
+
+    async def run(self) -> None:
+        """Keep the snapshot current until cancelled. Belongs into the process's TaskGroup."""
+        try:
+            while True:
+                reason = await self._follow_stream()
+                waits = self._denied if reason in _ANSWERED_NO else self._lost
+                await asyncio.sleep(waits.next_s())
+        finally:
+            if self._expiry is not None:
+                self._expiry.cancel()
+
+    async def _follow_stream(self) -> WorkloadReason:
+        """Take in what one stream brings until it ends. Returns why it ended."""
+        channel = Channel(path=self._path)
+        try:
+            await self._receive(channel)
+        except WorkloadApiError as error:
+            trouble = error
+        except GRPCError as error:
+            reason = _REASON_OF_STATUS.get(error.status, WorkloadReason.NO_AGENT)
+            trouble = WorkloadApiError(reason, f"agent answered {error.status.name}: {error.message or ''}")
+        except TimeoutError:
+            trouble = WorkloadApiError(WorkloadReason.SILENT, "agent is silent")
+        except (OSError, StreamTerminatedError, ProtocolError) as error:
+            trouble = WorkloadApiError(WorkloadReason.NO_AGENT, f"{self._path}: {error}")
+        finally:
+            channel.close()
+        self._note(trouble)
+        return trouble.reason
+
+    async def _receive(self, channel: Channel) -> NoReturn:
+        method = UnaryStreamMethod(
+            channel, f"{METHODS}FetchX509SVID", messages.X509SVIDRequest, messages.X509SVIDResponse
+        )
+        async with method.open(metadata=METADATA) as stream:
+            async with asyncio.timeout(self._timing.dial_s):
+                await stream.send_message(messages.X509SVIDRequest(), end=True)
+                update = await stream.recv_message()
+            while update is not None:
+                self._accept(update)
+                async with asyncio.timeout(self._patience_s()):
+                    update = await stream.recv_message()
+            async with asyncio.timeout(self._timing.dial_s):
+                await stream.recv_trailing_metadata()  # raises the status that ended the stream, unless it is OK
+        raise WorkloadApiError(WorkloadReason.NO_AGENT, "agent closed the stream")
+
+    def _patience_s(self) -> float:
+        """Return how long the stream may be silent: agents renew at half life; at two thirds something is wrong."""
+        least_s = self._timing.patience_min_s
+        if self._snapshot is None:
+            return least_s
+        svid = self._snapshot.svid
+        return max(least_s, self._remaining_s(self._snapshot) - (svid.not_after - svid.not_before).total_seconds() / 3)
+
+    def _accept(self, update: Any) -> None:
+        """Take *update* (an X509SVIDResponse) over when all of it is good; else note the trouble and go on as before."""
+        digest = hashlib.sha256(update.SerializeToString(deterministic=True)).digest()
+        if digest != self._digest:
+            try:
+                svid = self._choose(update.svids)
+                own = (svid.spiffe_id, svid.x509_svid, svid.x509_svid_key, svid.bundle)
+                snapshot = X509Snapshot.parse(own, update.federated_bundles, now=self._now())
+                self._publish(snapshot)
+            except WorkloadApiError as error:
+                self._note(error)
+                return
+            except CertsError as error:
+                self._note(WorkloadApiError(WorkloadReason.MALFORMED, str(error)))
+                return
+            self._snapshot, self._digest = snapshot, digest
+            self._ready.set()
+            self._watch_expiry()
+        self._trouble = None
+        self._lost.reset()
+        self._denied.reset()
+
+    def _choose(self, svids: Sequence[Any]) -> Any:
+        """Return the X509SVID message that is ours. Raises WorkloadApiError."""
+        wanted_id, hint = self._selection.spiffe_id, self._selection.hint
+        found = [
+            svid
+            for svid in svids
+            if (wanted_id is None or svid.spiffe_id == str(wanted_id)) and (hint is None or svid.hint == hint)
+        ]
+        offered = ", ".join(f"{svid.spiffe_id} (hint {svid.hint!r})" for svid in svids) or "nothing"
+        if not found:
+            raise WorkloadApiError(WorkloadReason.NO_IDENTITY, f"agent offers {offered}: none is the configured one")
+        if len({svid.spiffe_id for svid in found}) > 1:
+            raise WorkloadApiError(WorkloadReason.AMBIGUOUS, f"agent offers {offered}: configure which ID is ours")
+        return found[0]  # several with one ID are the same identity; the agent's first is its default
+
+    def _note(self, trouble: WorkloadApiError) -> None:
+        """Remember *trouble*; a withdrawn identity is given up at once, anything else leaves the last good snapshot."""
+        self._trouble = trouble
+        if trouble.reason is WorkloadReason.NO_IDENTITY and self._snapshot is not None:
+            self._snapshot, self._digest = None, b""
+            self._ready.clear()
+            self._publish(None)
+
+    def _watch_expiry(self) -> None:
+        """Tell subscribers when the SVID in use ends, unless a newer one comes first."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._snapshot is None:
+            return
+        remaining_s = self._remaining_s(self._snapshot)
+        if remaining_s < 0:
+            self._ready.clear()
+            self._publish(None)
+        else:
+            # The wall clock may step: look again at least every minute.
+            self._expiry = asyncio.get_running_loop().call_later(min(remaining_s + 0.001, 60), self._watch_expiry)
+
+    def _publish(self, snapshot: X509Snapshot | None) -> None:
+        for subscriber in self._subscribers:
+            subscriber(snapshot)
+
+    def _remaining_s(self, snapshot: X509Snapshot) -> float:
+        return (snapshot.svid.not_after - self._now()).total_seconds()
+
+
+class _Backoff:
+    """Doubling waits with jitter, so that a node's workloads do not all dial a restarted agent at once."""
+
+    def __init__(self, least_s: float, most_s: float) -> None:
+        self._least_s = self._wait_s = least_s
+        self._most_s = most_s
+
+    def next_s(self) -> float:
+        wait_s, self._wait_s = self._wait_s, min(self._wait_s * 2, self._most_s)
+        return wait_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter is no secret
+
+    def reset(self) -> None:
+        self._wait_s = self._least_s
