@@ -42,6 +42,7 @@ class Exchange:
     status: int = 0  # HTTP status that the client got
     result: bytes | None = None  # the response message, when there was one small enough to keep
     result_bytes: int = 0
+    result_sha256: str | None = None
     error_code: int | None = None  # of the server's JSON-RPC error
     tool_failed: bool = False
     hidden: int = 0  # list items that the principal may not see

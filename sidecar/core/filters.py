@@ -1,89 +1,120 @@
-"""Decides what of the server's answer the principal may see: lists lose the items that the principal may not use.
+"""Decides what of the server's messages the principal may see: lists lose the items that the principal may not use.
 
-Refuses an answer that it cannot read where it must filter. Order, pages, `_meta` and unknown fields stay; a filtered
-list is marked private to its reader (MCP 2026-07-28, caching), or a shared cache would show it to others.
+Refuses a message that it cannot read. Every member and item that stays is kept as the very bytes that came, in order;
+a filtered list is marked private to its reader (MCP 2026-07-28, caching), or a shared cache would show it to others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
+import msgspec
 
 from sidecar.core.authorise import Engine, Permit, visible
-from sidecar.core.message import Listing, Prompt, Resource, Tool, read_json
+from sidecar.core.message import Listing, Prompt, Resource, Tool
 from sidecar.errors import Reason, Refusal
-
-_NAMED: Final = {Listing.RESOURCES: "uri", Listing.TEMPLATES: "uriTemplate"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """A message of the server as the client may see it, and what became of the call if it answers it."""
+class Seen:
+    """A message of the server, as the client may see it."""
 
     data: bytes
-    changed: bool = False
-    hidden: int = 0
+    hidden: int = 0  # items that were taken out
     answers: bool = False  # it is the response to the request that the permit is for
-    error_code: int | None = None  # of a JSON-RPC error
+    error_code: int | None = None  # of its JSON-RPC error
     tool_failed: bool = False  # result.isError
 
 
-def review(data: bytes, permit: Permit, engines: Sequence[Engine]) -> Outcome:
-    """Return *data*, one message of the server, as the permit's principal may see it.
+class _Error(msgspec.Struct):
+    code: int | None = None
 
-    Raises Refusal(UPSTREAM) when the message cannot be read: what cannot be judged does not pass.
+
+class _Result(msgspec.Struct, rename="camel"):
+    is_error: bool = False
+    tools: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    prompts: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    resources: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    resource_templates: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Envelope(msgspec.Struct):
+    id: str | int | float | None = None
+    method: str | None = None
+    result: _Result | None = None
+    error: _Error | None = None
+
+
+class _Item(msgspec.Struct, rename="camel"):
+    name: str = ""
+    uri: str = ""
+    uri_template: str = ""
+
+
+_envelope: Final = msgspec.json.Decoder(_Envelope)
+_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_items: Final = msgspec.json.Decoder(list[msgspec.Raw])
+_item: Final = msgspec.json.Decoder(_Item)
+
+
+def review(data: bytes, permit: Permit, engines: Sequence[Engine]) -> Seen:
+    """Return *data*, one JSON-RPC message of the server, as the permit's principal may see it.
+
+    Looked at by its form, not by what was asked: a replayed stream can carry any response. Raises Refusal(UPSTREAM).
     """
-    document = _read(data)
-    answers = document.get("id") == permit.question.message.id and "method" not in document
-    result = document.get("result")
-    error = document.get("error")
-    hidden = 0
-    if isinstance(result, dict):
-        hidden = sum(_filter(result, listing, permit, engines) for listing in Listing if listing in result)
-    code = error.get("code") if isinstance(error, dict) else None
-    return Outcome(
-        data=orjson.dumps(document) if hidden else data,
-        changed=bool(hidden),
+    try:
+        envelope = _envelope.decode(data)
+        result = envelope.result
+        if result is None or not _lists(result):
+            hidden = 0
+        else:
+            data, hidden = _filtered(data, permit, engines)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail=str(error)) from error
+    return Seen(
+        data=data,
         hidden=hidden,
-        answers=answers,
-        error_code=code if isinstance(code, int) else None,
-        tool_failed=isinstance(result, dict) and result.get("isError") is True,
+        answers=envelope.method is None and envelope.id == permit.question.message.id,
+        error_code=None if envelope.error is None else envelope.error.code,
+        tool_failed=result is not None and result.is_error,
     )
 
 
-def _read(data: bytes) -> dict[str, Any]:
-    try:
-        document = read_json(data)
-    except Refusal as refusal:
-        raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail=refusal.public) from refusal
-    if not isinstance(document, dict):
-        raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="not an object")
-    return document
+def _lists(result: _Result) -> bool:
+    lists = (result.tools, result.prompts, result.resources, result.resource_templates)
+    return any(each is not msgspec.UNSET for each in lists)
 
 
-def _filter(result: dict[str, Any], listing: Listing, permit: Permit, engines: Sequence[Engine]) -> int:
-    """Take out of *result* the items that the principal may not use; return how many."""
-    items = result[listing]
-    if not isinstance(items, list):
-        raise Refusal(Reason.UPSTREAM, "the server's list cannot be read", detail=f"result.{listing} is no array")
-    shown = visible(permit, [_target(item, listing) for item in items], engines)
-    kept = [item for item, is_shown in zip(items, shown, strict=True) if is_shown]
-    if len(kept) < len(items):
-        result[listing] = kept
-        if "cacheScope" in result:
-            result["cacheScope"] = "private"
-    return len(items) - len(kept)
+def _filtered(data: bytes, permit: Permit, engines: Sequence[Engine]) -> tuple[bytes, int]:
+    """Return the message without the items that the principal may not use, and how many those were."""
+    message = _members.decode(data)
+    result = _members.decode(message["result"])
+    hidden = 0
+    for listing in Listing:
+        if listing not in result:
+            continue
+        items = _items.decode(result[listing])
+        shown = visible(permit, [_target(item, listing) for item in items], engines)
+        kept = [bytes(item) for item, is_shown in zip(items, shown, strict=True) if is_shown]
+        hidden += len(items) - len(kept)
+        result[listing] = msgspec.Raw(b"[" + b",".join(kept) + b"]")
+    if not hidden:
+        return data, 0
+    if "cacheScope" in result:
+        result["cacheScope"] = msgspec.Raw(b'"private"')
+    message["result"] = msgspec.Raw(msgspec.json.encode(result))
+    return msgspec.json.encode(message), hidden
 
 
-def _target(item: Any, listing: Listing) -> Tool | Prompt | Resource:
-    name = item.get(_NAMED.get(listing, "name")) if isinstance(item, Mapping) else None
-    if not isinstance(name, str):
-        raise Refusal(Reason.UPSTREAM, "the server's list cannot be read", detail=f"an item of {listing} has no name")
+def _target(raw: msgspec.Raw, listing: Listing) -> Tool | Prompt | Resource:
+    item = _item.decode(raw)
+    none: dict[str, Any] = {}
     match listing:
         case Listing.TOOLS:
-            return Tool(name=name, arguments={})
+            return Tool(name=item.name, arguments=none)
         case Listing.PROMPTS:
-            return Prompt(name=name, arguments={})
-        case Listing.RESOURCES | Listing.TEMPLATES:
-            return Resource(uri=name)
+            return Prompt(name=item.name, arguments=none)
+        case Listing.RESOURCES:
+            return Resource(uri=item.uri)
+        case Listing.TEMPLATES:
+            return Resource(uri=item.uri_template)

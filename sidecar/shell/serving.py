@@ -1,0 +1,133 @@
+"""What all inbound connections share: the snapshot in force, the memory, the way to the server, the observers.
+
+Hands a message to the server only by way of the pipeline. A request whose token names a key that is not known yet
+waits for one look at the provider, and is then judged afresh.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from sidecar.core.authorise import Engine
+from sidecar.core.connection import Connection
+from sidecar.core.identity import UnknownKey
+from sidecar.errors import Reason, Refusal
+from sidecar.exchange import Exchange
+from sidecar.pipeline import Memory, Observer, Snapshot, judge, remember
+from sidecar.shell import tracing
+from sidecar.shell.upstream import Call, Sink, Upstream
+
+log = logging.getLogger(__name__)
+
+NOT_READY_RETRY_S = 2  # a first bundle or SVID takes seconds
+DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+
+
+class Requester(Sink, Protocol):
+    """Who asked: learns of the call, or of the refusal."""
+
+    def forward(self, call: Call) -> None:
+        """Know the call that carries the message."""
+        ...
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with *refusal*."""
+        ...
+
+
+class Serving:
+    """Owned by sidecar/shell/app.py, which sets `snapshot`; mutated by the inbound connections."""
+
+    def __init__(
+        self,
+        *,
+        upstream: Upstream,
+        observers: Sequence[Observer],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        find_key: Callable[[UnknownKey], Coroutine[Any, Any, None]],
+        why_not_ready: Callable[[], str | None],
+    ) -> None:
+        self.snapshot: Snapshot | None = None
+        self.memory = Memory()
+        self.connections: set[Any] = set()
+        self.draining = False
+        self.in_flight = 0
+        self._upstream = upstream
+        self._observers = tuple(observers)
+        self._spawn = spawn
+        self._find_key = find_key
+        self._why_not_ready = why_not_ready
+
+    clock = staticmethod(time.monotonic)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Return the cap of a request's body."""
+        return DEFAULT_MAX_BODY_BYTES if self.snapshot is None else self.snapshot.profile.server.max_body_bytes
+
+    def begin(self, connection: Connection) -> Exchange:
+        """Return the record of a request that has just come."""
+        self.in_flight += 1
+        snapshot = self.snapshot
+        context = tracing.context(connection)
+        return Exchange(
+            connection=connection,
+            profile=None if snapshot is None else snapshot.profile,
+            revision="" if snapshot is None else snapshot.revision,
+            started_ns=time.time_ns(),
+            clock_s=time.monotonic(),
+            trace_id=context.trace_id,
+            span_id=context.span_id,
+            parent_id=context.parent_id,
+            sampled=context.sampled,
+        )
+
+    def admit(self, exchange: Exchange, requester: Requester) -> None:
+        """Judge and send, or refuse; at once unless a key must be fetched first."""
+        try:
+            self._judge_and_send(exchange, requester)
+        except UnknownKey as missing:
+            self._spawn(self._admit_with_new_keys(exchange, requester, missing))
+        except Refusal as refusal:
+            self._refuse(exchange, requester, refusal)
+        except Exception:
+            # The last resort: a defect in judging must refuse, never pass and never hang.
+            log.exception("judging failed")
+            self._refuse(exchange, requester, Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log"))
+
+    async def _admit_with_new_keys(self, exchange: Exchange, requester: Requester, missing: UnknownKey) -> None:
+        await self._find_key(missing)
+        try:
+            self._judge_and_send(exchange, requester)
+        except Refusal as refusal:
+            self._refuse(exchange, requester, refusal)
+
+    def _judge_and_send(self, exchange: Exchange, requester: Requester) -> None:
+        snapshot, why = self.snapshot, self._why_not_ready()
+        if snapshot is None or why is not None:
+            raise Refusal(
+                Reason.NOT_READY, "not ready to judge calls", detail=why or "no bundle", retry_after_s=NOT_READY_RETRY_S
+            )
+        admission = judge(exchange, snapshot, self.memory, now_s=time.time(), clock_s=time.monotonic())
+        exchange.judged_s = time.monotonic() - exchange.clock_s
+        traceparent = tracing.traceparent(exchange)
+        requester.forward(self._upstream.send(admission, exchange, requester, traceparent=traceparent))
+
+    def _refuse(self, exchange: Exchange, requester: Requester, refusal: Refusal) -> None:
+        exchange.judged_s = time.monotonic() - exchange.clock_s
+        requester.refuse(refusal)
+
+    def engines(self, exchange: Exchange) -> tuple[Engine, ...]:
+        """Return the engines in force; a listing that was under way when they changed is filtered by the new ones."""
+        return () if self.snapshot is None else self.snapshot.engines
+
+    def remember(self, exchange: Exchange, status: int, session_id: str | None) -> None:
+        """Keep what the server's answer says of sessions."""
+        remember(exchange, status, session_id, self.memory)
+
+    def observe(self, exchange: Exchange) -> None:
+        """Tell every observer; one exchange, once."""
+        self.in_flight -= 1
+        for observer in self._observers:
+            observer.observe(exchange)

@@ -1,0 +1,283 @@
+"""Carries admitted messages to the MCP server and its responses back, a kept-alive connection each.
+
+Takes nothing but an Admission: the type proves that the message was judged. A call is never sent twice: a server that
+closes a kept connection just as we write to it may have run the call. Callbacks instead of tasks: a task for each
+call costs a fifth of the whole path (docs/explanation/decisions.md).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import httptools
+
+from sidecar.core.connection import Headers, forwarded_headers
+from sidecar.core.limits import Admission
+from sidecar.exchange import Exchange
+
+IDLE_S: Final = 3.0  # uvicorn closes idle connections after 5 s, Node's http server after 5 s: be first
+CONNECT_S: Final = 5.0  # to loopback; a listening server accepts in microseconds
+MAX_HEAD_BYTES: Final = 64 * 1024  # of a response's head; nginx stops at 32 KiB, Node at 16 KiB
+WRITE_HIGH_BYTES: Final = 256 * 1024
+
+
+class Sink(Protocol):
+    """Who receives a response. `failed` is the last call, or `complete` is; never both."""
+
+    def begin(self, status: int, reason: bytes, headers: Headers) -> None:
+        """Take the head."""
+        ...
+
+    def feed(self, piece: bytes) -> None:
+        """Take a piece of the body."""
+        ...
+
+    def complete(self) -> None:
+        """Know that the response is whole."""
+        ...
+
+    def failed(self, detail: str) -> None:
+        """Know that there is no response, or no rest of it."""
+        ...
+
+
+class Call:
+    """One message under way. The caller may pause its response or give it up."""
+
+    def __init__(self, sink: Sink, request: bytes) -> None:
+        self.sink = sink
+        self.request = request
+        self.line: Line | None = None
+        self.abandoned = False
+
+    def abort(self) -> None:
+        """Give the call up and close its connection; the sink hears no more. The server sees a disconnect."""
+        self.abandoned = True
+        if self.line is not None:
+            self.line.abort()
+
+    def pause(self) -> None:
+        """Stop reading: the client is slower than the server."""
+        if self.line is not None:
+            self.line.pause()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self.line is not None:
+            self.line.resume()
+
+
+class Line(asyncio.Protocol):
+    """One connection to the server; carries one call at a time."""
+
+    def __init__(self, pool: "Upstream") -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._call: Call | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_bytes = 0
+        self._reason = b""
+        self._begun = False
+        self._whole = False
+        self._reusable = False
+        self.idle_since_s = 0.0
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep *transport*."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - what loop.create_connection gives
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse *data* of the response."""
+        if self._call is None or self._parser is None:
+            self.abort()  # a server that speaks unasked cannot be understood
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"unreadable response: {error}")
+            return
+        if self._whole:
+            self._finish()
+
+    def eof_received(self) -> None:
+        """Let the transport close; connection_lost says what it means."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End the call: complete when its response ends with the connection, failed otherwise."""
+        self._pool.forget(self)
+        self._transport = None
+        if self._call is None:
+            return
+        if self._begun and error is None and self._ends_with_connection():
+            self._reusable = False
+            self._finish()
+        else:
+            self._fail(f"connection closed: {error or 'end of file'}")
+
+    # httptools callbacks
+
+    def on_status(self, reason: bytes) -> None:
+        """Take a part of the reason phrase."""
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header field."""
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError("response head too large")
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Hand the head over, unless it is an interim one."""
+        assert self._parser is not None  # noqa: S101 - the parser is calling
+        status = self._parser.get_status_code()
+        headers, self._headers, self._head_bytes = self._headers, [], 0
+        reason, self._reason = self._reason, b""
+        if 100 <= status < 200:
+            return
+        self._begun = True
+        self._head = dict(headers)
+        if self._call is not None and not self._call.abandoned:
+            self._call.sink.begin(status, reason, headers)
+
+    def on_body(self, piece: bytes) -> None:
+        """Hand a piece of the body over."""
+        if self._call is not None and not self._call.abandoned:
+            self._call.sink.feed(piece)
+
+    def on_message_complete(self) -> None:
+        """Note that the response is whole; `data_received` ends the call once the parser has returned."""
+        assert self._parser is not None  # noqa: S101 - the parser is calling
+        if self._begun:
+            self._whole = True
+            self._reusable = self._parser.should_keep_alive()
+
+    # for Upstream and Call
+
+    def carry(self, call: Call) -> None:
+        """Send *call* on this connection."""
+        assert self._transport is not None  # noqa: S101 - Upstream hands out only open lines
+        self._parser = httptools.HttpResponseParser(self)
+        self._begun = self._whole = self._reusable = False
+        self._call = call
+        call.line = self
+        self._transport.write(call.request)
+
+    @property
+    def is_open(self) -> bool:
+        """Say whether a call can be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def abort(self) -> None:
+        """Close at once; nobody hears of it."""
+        self._call = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """Stop reading."""
+        if self.is_open and self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self.is_open and self._transport is not None:
+            self._transport.resume_reading()
+
+    def _ends_with_connection(self) -> bool:
+        return b"content-length" not in self._head and b"transfer-encoding" not in self._head
+
+    def _finish(self) -> None:
+        call, self._call = self._call, None
+        if self._reusable:
+            self._pool.keep(self)
+        elif self._transport is not None:
+            self._transport.close()
+        if call is not None and not call.abandoned:
+            call.sink.complete()
+
+    def _fail(self, detail: str) -> None:
+        call = self._call
+        self.abort()
+        if call is not None and not call.abandoned:
+            call.sink.failed(detail)
+
+
+class Upstream:
+    """The pooled way to one server."""
+
+    def __init__(self, host: str, spawn: Callable[..., object]) -> None:
+        """Prepare for *host*; *spawn* starts a coroutine in the process's root TaskGroup."""
+        self._host = host
+        self._spawn = spawn
+        self._idle: list[Line] = []
+        self._loop = asyncio.get_running_loop()
+
+    def send(self, admission: Admission, exchange: Exchange, sink: Sink, *, traceparent: bytes) -> Call:
+        """Send the message that was admitted, byte for byte; *sink* receives the response."""
+        server = admission.permit.question.server
+        call = Call(sink, _request(exchange, b"%b:%d" % (self._authority(), server.port), traceparent))
+        line = self._take()
+        if line is not None:
+            line.carry(call)
+        else:
+            self._spawn(self._connect(call, server.port))
+        return call
+
+    def _authority(self) -> bytes:
+        return (f"[{self._host}]" if ":" in self._host else self._host).encode()
+
+    def _take(self) -> Line | None:
+        """Return the line that was used last and is still fresh."""
+        fresh_since_s = self._loop.time() - IDLE_S
+        while self._idle:
+            line = self._idle.pop()
+            if line.is_open and line.idle_since_s >= fresh_since_s:
+                return line
+            line.abort()
+        return None
+
+    async def _connect(self, call: Call, port: int) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, line = await self._loop.create_connection(lambda: Line(self), self._host, port)
+        except (OSError, TimeoutError) as error:
+            if not call.abandoned:
+                call.sink.failed(f"connect: {error or 'timed out'}")
+            return
+        if call.abandoned:
+            line.abort()
+        else:
+            line.carry(call)
+
+    def keep(self, line: Line) -> None:
+        """Take *line* back for the next call."""
+        line.idle_since_s = self._loop.time()
+        self._idle.append(line)
+
+    def forget(self, line: Line) -> None:
+        """Drop *line*, which is closed."""
+        if line in self._idle:
+            self._idle.remove(line)
+
+    def close(self) -> None:
+        """Close the idle lines."""
+        while self._idle:
+            self._idle.pop().abort()
+
+
+def _request(exchange: Exchange, authority: bytes, traceparent: bytes) -> bytes:
+    connection = exchange.connection
+    target = connection.path.encode("latin-1") + (b"?" + connection.query.encode("latin-1") if connection.query else b"")
+    lines = [b"%b %b HTTP/1.1" % (connection.method.encode("ascii"), target), b"host: " + authority]
+    lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers) if pair[0] != b"traceparent"]
+    # identity: what cannot be read cannot be judged.
+    lines += [b"accept-encoding: identity", b"traceparent: " + traceparent]
+    if connection.body or connection.method == "POST":
+        lines.append(b"content-length: %d" % len(connection.body))
+    return b"\r\n".join([*lines, b"", connection.body])
