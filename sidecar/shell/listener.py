@@ -1,0 +1,173 @@
+"""Accepts inbound connections, tells TLS from plaintext by its first byte, and learns where redirected ones were going.
+
+Refuses, in capture mode redirect, connections to any port but the MCP server's. One listening socket for each address
+family, because the original destination is asked of the socket by family. RFC 8446, 5.1 (record type 22 is a
+handshake); Linux netfilter, SO_ORIGINAL_DST.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from sidecar.config import Capture
+from sidecar.shell.inbound import Inbound
+from sidecar.shell.serving import Serving
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 512  # connections that wait in the kernel while all places are taken
+FIRST_BYTE_S: Final = 10.0  # a client that connects and says nothing gives its place back
+HANDSHAKE_S: Final = 10.0
+TLS_HANDSHAKE: Final = b"\x16"
+SO_ORIGINAL_DST: Final = 80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST has the same number
+
+
+class Listener:
+    """The inbound side of one sidecar. `run` in the root TaskGroup; cancel it to stop accepting."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        *,
+        host: str,
+        port: int,
+        capture: Capture,
+        tls: ssl.SSLContext | None,
+        max_connections: int,
+        refused_port: Callable[[str, int], None],
+    ) -> None:
+        """Bind at once, so that `port` is known; *refused_port* is told client and port of misdirected connections."""
+        self._serving = serving
+        self._capture = capture
+        self._tls = tls
+        self._places = asyncio.Semaphore(max_connections)
+        self._refused_port = refused_port
+        self._loop = asyncio.get_running_loop()
+        self._sockets = _bind(host, port)
+        self.port: int = self._sockets[0].getsockname()[1]
+
+    async def run(self) -> None:
+        """Accept until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for sock in self._sockets:
+                    tasks.create_task(self._accept(sock, tasks))
+        finally:
+            for sock in self._sockets:
+                sock.close()
+
+    async def _accept(self, listening: socket.socket, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            await self._places.acquire()
+            try:
+                sock, address = await self._loop.sock_accept(listening)
+            except OSError as error:  # the client is gone again, or no descriptor is free
+                self._places.release()
+                log.warning("accept failed", extra={"error": str(error)})
+                await asyncio.sleep(0.01)
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tasks.create_task(self._open(sock, f"{address[0]}:{address[1]}"))
+
+    async def _open(self, sock: socket.socket, client: str) -> None:
+        """Serve *sock* until it is closed, then give its place back."""
+        closed = asyncio.Event()
+        try:
+            if await self._hand_over(sock, client, closed):
+                await closed.wait()
+            else:
+                sock.close()
+        except (OSError, TimeoutError) as error:  # ssl.SSLError is one; certs/tls.py has counted it with its reason
+            log.debug("connection refused", extra={"client": client, "error": str(error)})
+            sock.close()
+        finally:
+            self._places.release()
+
+    async def _hand_over(self, sock: socket.socket, client: str, closed: asyncio.Event) -> bool:
+        """Give *sock* to a protocol of its own; say whether it was taken."""
+        if not self._is_ours(sock, client):
+            return False
+        first = await self._first_byte(sock)
+        is_tls = first == TLS_HANDSHAKE
+        if not first or (is_tls and self._tls is None):
+            return False
+        await self._loop.connect_accepted_socket(
+            lambda: _Placed(self._serving, client, closed),
+            sock,
+            ssl=self._tls if is_tls else None,
+            ssl_handshake_timeout=HANDSHAKE_S if is_tls else None,
+        )
+        return True
+
+    def _is_ours(self, sock: socket.socket, client: str) -> bool:
+        snapshot = self._serving.snapshot
+        if self._capture is not Capture.REDIRECT:
+            return True
+        port = original_port(sock)
+        if port == self.port or (snapshot is not None and port == snapshot.profile.server.port):
+            return True
+        self._refused_port(client, port)
+        return False
+
+    async def _first_byte(self, sock: socket.socket) -> bytes:
+        """Return the first byte without taking it; empty when the client closes or stays silent."""
+        ready = self._loop.create_future()
+        self._loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+        try:
+            async with asyncio.timeout(FIRST_BYTE_S):
+                await ready
+        finally:
+            self._loop.remove_reader(sock.fileno())
+        return sock.recv(1, socket.MSG_PEEK)
+
+
+class _Placed(Inbound):
+    """An inbound connection that says when it is over."""
+
+    def __init__(self, serving: Serving, client: str, closed: asyncio.Event) -> None:
+        super().__init__(serving, client)
+        self._closed = closed
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._closed.set()
+
+
+def original_port(sock: socket.socket) -> int:
+    """Return the port that the client dialled before netfilter redirected it; the own port where it did not."""
+    level = socket.IPPROTO_IPV6 if sock.family == socket.AF_INET6 else socket.IPPROTO_IP
+    try:
+        address = sock.getsockopt(level, SO_ORIGINAL_DST, 28)  # a sockaddr_in6 has 28 bytes, a sockaddr_in 16
+    except OSError:  # no connection tracking entry: it came straight to this port
+        return int(sock.getsockname()[1])
+    port: int = struct.unpack_from("!H", address, 2)[0]  # sin_port and sin6_port both stand at 2
+    return port
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Return the listening sockets for *host*; `::` means both families, on the same port."""
+    hosts = ["0.0.0.0", "::"] if host == "::" else [host]  # noqa: S104 - the pod's network is what we guard
+    sockets: list[socket.socket] = []
+    for each in hosts:
+        family = socket.AF_INET6 if ipaddress.ip_address(each).version == 6 else socket.AF_INET
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # a kernel without IPv6
+            if len(hosts) > 1 and sockets:
+                continue
+            raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((each, port))
+        port = sock.getsockname()[1]
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        sockets.append(sock)
+    return sockets
