@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 from certs.errors import BadCertificate, BadSpiffeId, UntrustedChain
 from certs.spiffe import SpiffeId, TrustDomain
-from certs.verify import TrustBundles, Usage, verify_peer
+from certs.verify import UNREADABLE, TrustBundles, Usage, verify_peer
 
 __all__ = ["Svid", "X509Snapshot", "split_der"]
 
@@ -118,7 +118,7 @@ def load_bundle(blob: bytes) -> tuple[x509.Certificate, ...]:
     """Return the anchors in *blob* (DER certificates in a row, at least one). Raises BadCertificate."""
     try:
         anchors = tuple(x509.load_der_x509_certificate(der) for der in split_der(blob))
-    except ValueError as error:
+    except UNREADABLE as error:
         raise BadCertificate(f"bundle: unreadable certificate: {error}") from error
     if not anchors:
         raise BadCertificate("bundle: empty")

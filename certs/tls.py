@@ -368,7 +368,7 @@ class MutualClient:
 
 
 class ServingServer(_Swapping):
-    """Plain HTTPS (the webhook's) with a certificate that is replaced while serving. Clients are not asked who they are."""
+    """Plain HTTPS (the webhook's) with a certificate that is replaced while serving. Clients stay anonymous."""
 
     def __init__(self, *, now: Clock = utc_now) -> None:
         super().__init__(self._make(), now)

@@ -22,6 +22,8 @@ from certs.spiffe import SpiffeId, TrustDomain
 
 __all__ = ["Peer", "TrustBundles", "Usage", "verify_peer"]
 
+UNREADABLE = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+"""What reading a certificate and its extensions raises, whatever the bytes."""
 MAX_CHAIN = 8  # certificates a peer may send; SPIRE sends 1, nested SPIRE 2 or 3; path building grows with it
 MAX_INTERMEDIATES = 4
 
@@ -142,7 +144,7 @@ def _load(chain_der: Sequence[bytes]) -> list[x509.Certificate]:
         raise UntrustedChain(PeerReason.MALFORMED, f"a chain of {len(chain_der)} certificates; at most {MAX_CHAIN}")
     try:
         return [x509.load_der_x509_certificate(der) for der in chain_der]
-    except ValueError as error:
+    except UNREADABLE as error:
         raise UntrustedChain(PeerReason.MALFORMED, f"unreadable certificate: {error}") from error
 
 
@@ -151,7 +153,7 @@ def _check_leaf(leaf: x509.Certificate, now: datetime, usage: Usage, *, strict_e
     serial = leaf.serial_number
     try:
         extensions = leaf.extensions
-    except (ValueError, x509.DuplicateExtension) as error:
+    except UNREADABLE as error:
         raise UntrustedChain(PeerReason.MALFORMED, f"unreadable extensions: {error}", serial=serial) from error
     spiffe_id = _identity(extensions, serial)
     if now < leaf.not_valid_before_utc:

@@ -212,7 +212,7 @@ class X509Source:
         raise WorkloadApiError(WorkloadReason.NO_AGENT, "agent closed the stream")
 
     def _patience_s(self) -> float:
-        """Return how long the stream may be silent: agents renew at half life; at two thirds something is wrong."""
+        """Return how long the stream may be silent: agents renew at half life, two thirds are late."""
         least_s = self._timing.patience_min_s
         if self._snapshot is None:
             return least_s
@@ -220,7 +220,7 @@ class X509Source:
         return max(least_s, self._remaining_s(self._snapshot) - (svid.not_after - svid.not_before).total_seconds() / 3)
 
     def _accept(self, update: Any) -> None:
-        """Take *update* (an X509SVIDResponse) over when all of it is good; else note the trouble and go on as before."""
+        """Take *update* (an X509SVIDResponse) over when all of it is good; else note the trouble and go on."""
         digest = hashlib.sha256(update.SerializeToString(deterministic=True)).digest()
         if digest != self._digest:
             try:
