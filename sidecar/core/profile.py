@@ -20,7 +20,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of every record here: immutable, by keyword, nothing unknown."""
 
 
-class Server(Record):
+class Server(Record, frozen=True, kw_only=True):
     """The MCP server behind the sidecar."""
 
     namespace: str
@@ -32,7 +32,7 @@ class Server(Record):
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=64 * 2**20)] = 4 * 2**20  # the SDKs' own limit
 
 
-class ClaimPaths(Record):
+class ClaimPaths(Record, frozen=True, kw_only=True):
     """Which claim of an access token becomes which field of `input.user`; dots step into objects."""
 
     id: str = "sub"
@@ -42,7 +42,7 @@ class ClaimPaths(Record):
     groups: str = "groups"
 
 
-class Provider(Record):
+class Provider(Record, frozen=True, kw_only=True):
     """An OpenID provider whose access tokens are accepted."""
 
     name: str
@@ -55,7 +55,7 @@ class Provider(Record):
     claims: ClaimPaths = ClaimPaths()
 
 
-class Identity(Record):
+class Identity(Record, frozen=True, kw_only=True):
     """Who may call at all; what they may do is the policies' business."""
 
     mtls: Literal["strict", "permissive"] = "strict"  # permissive: callers without a SVID are let in as nobody
@@ -64,7 +64,7 @@ class Identity(Record):
     providers: tuple[Provider, ...] = ()
 
 
-class Limit(Record):
+class Limit(Record, frozen=True, kw_only=True):
     """A token bucket for each combination of `per`."""
 
     name: str
@@ -75,7 +75,7 @@ class Limit(Record):
     tools: tuple[str, ...] = ()  # empty: every tool
 
 
-class Audit(Record):
+class Audit(Record, frozen=True, kw_only=True):
     """What an audit record holds of a call's content; sizes and hashes are always there."""
 
     arguments: Literal["full", "hash"] = "full"
@@ -84,14 +84,14 @@ class Audit(Record):
     max_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 8192  # of each; more is cut, and said so
 
 
-class Telemetry(Record):
+class Telemetry(Record, frozen=True, kw_only=True):
     """Where spans go, and whether they carry content."""
 
     otlp_endpoint: str | None = None  # base URL of an OTLP/HTTP receiver, as OTEL_EXPORTER_OTLP_ENDPOINT
     content: bool = False  # tool arguments and results on spans (opt-in by the semantic conventions)
 
 
-class Policies(Record):
+class Policies(Record, frozen=True, kw_only=True):
     """Which engines the bundle carries, and what they can read (`design`: projection)."""
 
     cedar: bool = False
@@ -100,7 +100,7 @@ class Policies(Record):
     pure: bool = False  # no policy reads the time or another impure builtin: verdicts may be cached
 
 
-class Profile(Record):
+class Profile(Record, frozen=True, kw_only=True):
     """All of `sidegate.json`."""
 
     format: Literal[1] = FORMAT
