@@ -116,10 +116,8 @@ def _rules(connection: ssl.SSLObject) -> _Rules:
 
 def _reason(error: ssl.SSLError, rules: _Rules) -> PeerReason:
     """Return why OpenSSL gave up; it tells no more than its own code, and no serial."""
-    if rules.own_not_after is None:
-        return PeerReason.OWN_SVID_MISSING
-    if rules.now() > rules.own_not_after:
-        return PeerReason.OWN_SVID_EXPIRED
+    if error.reason == "CALLBACK_FAILED":  # the alert of _choose
+        return PeerReason.OWN_SVID_MISSING if rules.own_not_after is None else PeerReason.OWN_SVID_EXPIRED
     if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return PeerReason.NO_CERTIFICATE
     if isinstance(error, ssl.SSLCertVerificationError):

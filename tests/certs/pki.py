@@ -13,7 +13,10 @@ from certs.authority import Authority, make_key
 from certs.spiffe import SpiffeId, TrustDomain
 from certs.verify import TrustBundles
 
-NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+# The real time, since OpenSSL asks no other clock; whole seconds, as certificates have no finer ones.
+NOW = datetime.now(UTC).replace(microsecond=0)
+LIFETIME = timedelta(hours=1)
+CA_LIFETIME = timedelta(hours=2)
 A_TEST = TrustDomain("a.test")
 B_TEST = TrustDomain("b.test")
 API = SpiffeId.parse("spiffe://a.test/ns/pay/sa/api")
@@ -21,12 +24,12 @@ BOTH_USAGES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def an_authority(domain: TrustDomain = A_TEST, *, now: datetime = NOW, issuer: Authority | None = None) -> Authority:
-    """A CA of *domain*, good for an hour."""
+    """A CA of *domain*, good for CA_LIFETIME."""
     return Authority.make(
         name=f"CA of {domain}",
         key=make_key(),
         now=now,
-        lifetime=timedelta(hours=1),
+        lifetime=CA_LIFETIME,
         serial=x509.random_serial_number(),
         trust_domain=domain,
         issuer=issuer,
@@ -63,7 +66,7 @@ def a_leaf(  # one argument per fault
     extended: Iterable[x509.ObjectIdentifier] | None = BOTH_USAGES,
     is_ca: bool | None = False,
     not_before: datetime = NOW - timedelta(minutes=1),
-    not_after: datetime = NOW + timedelta(minutes=5),
+    not_after: datetime = NOW + LIFETIME,
     key: ec.EllipticCurvePrivateKey | None = None,
     extra: x509.ExtensionType | None = None,
 ) -> bytes:

@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from certs.errors import Expired, PeerReason, UntrustedChain
 from certs.verify import TrustBundles, Usage, verify_peer
-from tests.certs.pki import A_TEST, API, B_TEST, NOW, a_leaf, an_authority, bundles_of, der, key_usage
+from tests.certs.pki import (
+    A_TEST,
+    API,
+    B_TEST,
+    CA_LIFETIME,
+    LIFETIME,
+    NOW,
+    a_leaf,
+    an_authority,
+    bundles_of,
+    der,
+    key_usage,
+)
 
 A = an_authority()
 B = an_authority(B_TEST)
@@ -31,7 +43,7 @@ def test_a_good_chain_proves_its_identity() -> None:
     peer = verify_peer([leaf], BOTH, now=NOW, usage=Usage.CLIENT)
 
     assert peer.spiffe_id == API
-    assert (peer.not_before, peer.not_after) == (NOW - timedelta(minutes=1), NOW + timedelta(minutes=5))
+    assert (peer.not_before, peer.not_after) == (NOW - timedelta(minutes=1), NOW + LIFETIME)
     assert peer.serial == x509.load_der_x509_certificate(leaf).serial_number
     assert peer.chain_der == (leaf,)
 
@@ -107,8 +119,8 @@ def test_a_leaf_that_expires_between_two_handshakes_is_refused_at_the_second() -
 
 def test_a_chain_to_an_expired_authority_is_refused() -> None:
     """An anchor in the bundle is trusted only while it is valid."""
-    late = NOW + timedelta(hours=2)
-    chain = [a_leaf(A, not_after=late + timedelta(hours=1))]
+    late = NOW + 2 * CA_LIFETIME
+    chain = [a_leaf(A, not_after=late + LIFETIME)]
 
     with pytest.raises(UntrustedChain) as caught:
         verify_peer(chain, BOTH, now=late, usage=Usage.CLIENT)
