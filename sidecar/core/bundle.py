@@ -1,7 +1,7 @@
 """Writes and reads a policy bundle: OPA's format, signed, the same bytes for the same content.
 
-Refuses a bundle whose signature, file list, names or sizes do not hold; one byte of doubt refuses it whole, and the last
-good one stays in force. Decides nothing about policies. Source: OPA documentation, "Bundles" and "Bundle signature".
+Refuses a bundle whose signature, file list, names or sizes do not hold; one byte of doubt refuses it whole, and the
+last good one stays. Decides nothing about policies. Source: OPA documentation, "Bundles" and "Bundle signature".
 """
 
 import gzip
@@ -105,7 +105,7 @@ def encode(
     return _pack({**signed, SIGNATURES: json.dumps({"signatures": [token]}).encode()})
 
 
-def decode(data: bytes, keys: Sequence[ec.EllipticCurvePublicKey], limits: Limits = Limits()) -> Bundle:  # noqa: B008 - immutable
+def decode(data: bytes, keys: Sequence[ec.EllipticCurvePublicKey], limits: Limits = Limits()) -> Bundle:
     """Return the bundle in *data* when one of *keys* signed it; raises BundleError naming the file or field."""
     files = dict(_unpack(data, limits))
     _verify(files, keys)
