@@ -1,1 +1,1 @@
-"""."""
+"""The decisions of the control plane; no clock, socket, environment or logger."""

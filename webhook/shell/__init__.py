@@ -1,1 +1,1 @@
-"""."""
+"""The input and output of the control plane; decides nothing."""

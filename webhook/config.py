@@ -1,0 +1,184 @@
+"""The control plane's settings: every name, default, unit and allowed value, once; read once, by `webhook/__main__.py`.
+
+Refuses an unknown `SIDEGATE_` variable and every unusable value, all of them in one message.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Self
+
+from certs.errors import BadSpiffeId
+from certs.spiffe import SpiffeId
+from sidecar.config import Capture, LogLevel
+from webhook.core import quantity
+from webhook.errors import BadSetting
+
+PREFIX: Final = "SIDEGATE_"
+DAY_S: Final = 86_400
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError("one of " + ", ".join(allowed))
+        return text
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        expected = f"a number from {low:g} to {high:g}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(expected) from None
+        if not low <= value <= high:
+            raise ValueError(expected)
+        return value
+
+    return parse
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= 65535:
+        raise ValueError("a port from 0 to 65535 (0: any free one)")
+    return int(text)
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("something; it must not be empty")
+    return text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _spiffe_id(text: str) -> str:
+    try:
+        return str(SpiffeId.parse(text))
+    except BadSpiffeId as error:
+        raise ValueError(
+            f"a SPIFFE ID such as spiffe://example.org/ns/sidegate-system/sa/sidegate ({error})"
+        ) from error
+
+
+def _setting(parse: Callable[[str], Any], meaning: str, *, default: Any) -> Any:
+    return field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All of them. The name of a field, in upper case behind SIDEGATE_, is the name of its variable."""
+
+    # What runs where.
+    namespace: str = _setting(_filled, "Namespace of the control plane itself.", default="sidegate-system")
+    service: str = _setting(_filled, "Name of the Service in front of the control plane.", default="sidegate")
+    webhook_configuration: str = _setting(
+        _filled, "Name of the MutatingWebhookConfiguration whose caBundle is kept up to date.", default="sidegate"
+    )
+    kubeconfig: str = _setting(str, "Path of a kubeconfig file; empty: the pod's service account.", default="")
+    listen_host: str = _setting(str, "Address that all listeners bind.", default="::")
+    admission_port: int = _setting(_port, "Port of the admission webhook.", default=10250)
+    bundles_port: int = _setting(_port, "Port of the bundle endpoint.", default=8443)
+    metrics_port: int = _setting(_port, "Port of health and metrics.", default=9090)
+    spiffe_socket: str = _setting(
+        str,
+        "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET, here and in sidecars alike.",
+        default="unix:/spiffe-workload-api/spire-agent.sock",
+    )
+    opa: str = _setting(_filled, "Path of the opa program, which compiles Rego.", default="/opa")
+    linger_s: float = _setting(
+        _number(0, 300), "Seconds to go on serving after the signal to stop, while callers learn of it.", default=10.0
+    )
+    log_level: str = _setting(_one_of(*LogLevel), "Least severe log record that is written.", default="info")
+
+    # Serving certificate and bundle signature.
+    ca_secret: str = _setting(_filled, "Secret that holds the webhook's CA.", default="sidegate-webhook-ca")
+    signing_secret: str = _setting(
+        _filled, "Secret that holds the key by which bundles are signed.", default="sidegate-bundle-signing"
+    )
+    ca_lifetime_s: float = _setting(
+        _number(600, 3650 * DAY_S), "Seconds that the webhook's CA is good for.", default=365.0 * DAY_S
+    )
+    leaf_lifetime_s: float = _setting(
+        _number(60, 90 * DAY_S), "Seconds that a serving certificate is good for.", default=7.0 * DAY_S
+    )
+    staging_s: float = _setting(_number(1, DAY_S), "Seconds that a new CA is trusted before it signs.", default=3600.0)
+
+    # What is put into pods.
+    image: str = _setting(_filled, "Image of the sidecar.", default="sidegate/sidecar:latest")
+    image_pull_policy: str = _setting(
+        _one_of("Always", "IfNotPresent", "Never"), "When the sidecar's image is pulled.", default="IfNotPresent"
+    )
+    image_pull_secrets: tuple[str, ...] = _setting(
+        _names,
+        "Names of Secrets for pulling it, comma-separated; they must exist in every governed namespace.",
+        default=(),
+    )
+    revision: str = _setting(_filled, "Value of the label sidegate.dev/injected on pods.", default="default")
+    capture: str = _setting(
+        _one_of(Capture.REDIRECT, Capture.REMAP), "How traffic is brought into the sidecar.", default=Capture.REDIRECT
+    )
+    weakest_capture: str = _setting(
+        _one_of(Capture.REDIRECT, Capture.REMAP),
+        "The weakest mode that a pod or a profile may choose instead.",
+        default=Capture.REDIRECT,
+    )
+    excluded_namespaces: tuple[str, ...] = _setting(
+        _names,
+        "Namespaces never touched, comma-separated; our own and the cluster's always belong to them.",
+        default=("kube-system", "kube-public", "kube-node-lease"),
+    )
+    control_plane_id: str = _setting(
+        _spiffe_id, "SPIFFE ID of the control plane, which sidecars demand of it.", default=""
+    )
+    sidecar_cpu: int = _setting(quantity.parse_cpu, "CPU reserved for a sidecar.", default=50)
+    sidecar_cpu_limit: int = _setting(quantity.parse_cpu, "CPU that a sidecar may use.", default=1000)
+    sidecar_memory: int = _setting(quantity.parse_memory, "Memory reserved for a sidecar.", default=96 * 2**20)
+    sidecar_memory_limit: int = _setting(quantity.parse_memory, "Memory that a sidecar may use.", default=256 * 2**20)
+    sidecar_log_level: str = _setting(
+        _one_of(*LogLevel), "Least severe log record that sidecars write.", default="info"
+    )
+    bundle_max_age_s: float = _setting(
+        _number(0, 2**31),
+        "Seconds after which a sidecar refuses calls when its bundle could not be confirmed; 0: never.",
+        default=0.0,
+    )
+
+    # What a workload gets that says nothing else; a namespace can only tighten it.
+    mtls: str = _setting(
+        _one_of("strict", "permissive"), "Whether callers must show an SVID (strict) or may.", default="strict"
+    )
+    user: str = _setting(
+        _one_of("required", "optional"), "Whether a call needs a user's access token.", default="required"
+    )
+    audit_content: str = _setting(
+        _one_of("full", "hash"), "Whether audit records hold arguments and results, or their hashes.", default="full"
+    )
+    otlp_endpoint: str = _setting(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str]) -> Self:
+        """Return the settings in *environment*; raises BadSetting listing every unusable, unknown or missing one."""
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        known = {PREFIX + each.name.upper(): each for each in fields(cls)}
+        for name in sorted(environment):
+            if not name.startswith(PREFIX):
+                continue
+            if name not in known:
+                problems.append(f"{name}: no such setting; known are {', '.join(sorted(known))}")
+                continue
+            setting = known[name]
+            try:
+                values[setting.name] = setting.metadata["parse"](environment[name])
+            except ValueError as error:
+                problems.append(f"{name}={environment[name]!r}: expected {error}")
+        if f"{PREFIX}CONTROL_PLANE_ID" not in environment:
+            problems.append(f"{PREFIX}CONTROL_PLANE_ID: missing; expected the control plane's SPIFFE ID")
+        if problems:
+            raise BadSetting("\n".join(problems))
+        return cls(**values)

@@ -1,0 +1,201 @@
+"""Render what is put into a pod: the sidecar, its volumes, and in capture mode `redirect` the init container before it.
+
+Every field is written out, defaults too: pod-level settings must not leak in, and the API server must have nothing to
+add, or our own work would not be recognised at a second look. The sidecar's environment is `Settings.to_env`.
+Source: KEP-753 (native sidecars: only a startup probe holds the next container back), Pod Security Standards
+`restricted` (which the sidecar meets, and which `sidegate-net` with NET_ADMIN cannot).
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+import msgspec
+
+from sidecar.config import HEALTH_PORT, INBOUND_PORT, PREFIX, USER_ID, Capture, Settings
+from webhook.core import quantity
+from webhook.core.annotations import Overrides
+from webhook.core.pod import JSON
+
+SIDECAR: Final = "sidegate"
+NET: Final = "sidegate-net"
+CONTAINERS: Final = frozenset({SIDECAR, NET})
+SPIFFE_VOLUME: Final = "sidegate-spiffe"
+CACHE_VOLUME: Final = "sidegate-cache"
+NO_TOKEN_VOLUME: Final = "sidegate-no-token"  # noqa: S105 - the name of a volume
+SPIFFE_DRIVER: Final = "csi.spiffe.io"
+PROBES_VARIABLE: Final = f"{PREFIX}PROBES"
+CACHE_DIR: Final = "/var/cache/sidegate"
+CACHE_SIZE: Final = "64Mi"  # last good bundle and compiled policy, both several times over
+TOKEN_DIR: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
+START_BUDGET_S: Final = 180  # an SVID takes some 10 s on a cold node, a new bundle a few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amounts:
+    """CPU in millicores and memory in bytes: what is reserved, and what may be used."""
+
+    cpu_m: int
+    cpu_limit_m: int
+    memory_bytes: int
+    memory_limit_bytes: int
+
+    def adjusted(self, asked: Overrides) -> "Amounts":
+        """Return these amounts with what the pod asks for; a request above its limit raises the limit."""
+        cpu_m, memory_bytes = asked.cpu_m or self.cpu_m, asked.memory_bytes or self.memory_bytes
+        return Amounts(
+            cpu_m=cpu_m,
+            cpu_limit_m=asked.cpu_limit_m or max(cpu_m, self.cpu_limit_m),
+            memory_bytes=memory_bytes,
+            memory_limit_bytes=asked.memory_limit_bytes or max(memory_bytes, self.memory_limit_bytes),
+        )
+
+    def rendered(self, *, guaranteed: bool) -> JSON:
+        """Return `resources`; in a pod of QoS class Guaranteed the requests equal the limits, so that it stays so."""
+        limits = {"cpu": quantity.cpu(self.cpu_limit_m), "memory": quantity.memory(self.memory_limit_bytes)}
+        if guaranteed:
+            return {"limits": limits, "requests": dict(limits)}
+        return {
+            "limits": limits,
+            "requests": {"cpu": quantity.cpu(self.cpu_m), "memory": quantity.memory(self.memory_bytes)},
+        }
+
+
+NET_AMOUNTS: Final = Amounts(cpu_m=10, cpu_limit_m=200, memory_bytes=16 * 2**20, memory_limit_bytes=64 * 2**20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """What the operator decided for all pods; one immutable value, so that its hash says which one made a pod."""
+
+    version: str
+    revision: str
+    image: str
+    image_pull_policy: str = "IfNotPresent"
+    image_pull_secrets: tuple[str, ...] = ()
+    capture: Capture = Capture.REDIRECT
+    weakest_capture: Capture = Capture.REDIRECT
+    excluded_namespaces: frozenset[str] = frozenset()
+    sidecar: Settings
+    amounts: Amounts
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of all of the above."""
+        content = asdict(self) | {"excluded_namespaces": sorted(self.excluded_namespaces)}
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was decided for one pod."""
+
+    workload: str
+    capture: Capture
+    asked: Overrides
+    probes: str
+    port_name: str | None = None  # of the Service-facing port, which moves here in capture mode `remap`
+    guaranteed: bool = False
+    pod_level_resources: bool = False  # ours would push the sum above the pod's own: then we live within it
+
+
+def init_containers(template: Template, plan: Plan) -> list[JSON]:
+    """Return our init containers in order; they go before all others, which are thereby governed too."""
+    return [*([_net(template, plan)] if plan.capture is Capture.REDIRECT else []), _sidecar(template, plan)]
+
+
+def volumes() -> list[JSON]:
+    """Return our volumes: no hostPath, which even the `baseline` standard forbids."""
+    return [
+        {"name": SPIFFE_VOLUME, "csi": {"driver": SPIFFE_DRIVER, "readOnly": True}},
+        {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": CACHE_SIZE}},
+        {"name": NO_TOKEN_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}},
+    ]
+
+
+VOLUMES: Final = frozenset(str(each["name"]) for each in volumes())
+
+
+def _sidecar(template: Template, plan: Plan) -> JSON:
+    settings = replace(
+        template.sidecar,
+        workload=plan.workload,
+        capture=plan.capture,
+        bundle_dir=CACHE_DIR,
+        probes=plan.probes,
+        log_level=plan.asked.log_level or template.sidecar.log_level,
+    )
+    inbound = {"containerPort": INBOUND_PORT, "protocol": "TCP"}
+    return _container(SIDECAR, template, template.amounts.adjusted(plan.asked), plan) | {
+        "command": ["python", "-m", "sidecar"],
+        "restartPolicy": "Always",
+        "env": [
+            _from_pod("NAMESPACE", "metadata.namespace"),
+            _from_pod("POD", "metadata.name"),
+            *({"name": name, "value": value} for name, value in sorted(settings.to_env().items())),
+        ],
+        "ports": [
+            ({"name": plan.port_name} if plan.port_name else {}) | inbound,
+            {"containerPort": HEALTH_PORT, "name": "sidegate-health", "protocol": "TCP"},
+        ],
+        "securityContext": _security(USER_ID, {"drop": ["ALL"]}),
+        "startupProbe": _probe("/startupz", period_s=1, timeout_s=2, failures=START_BUDGET_S),
+        "readinessProbe": _probe("/readyz", period_s=5, timeout_s=3, failures=3),
+        "livenessProbe": _probe("/livez", period_s=10, timeout_s=5, failures=6),
+        "volumeMounts": [
+            {"name": SPIFFE_VOLUME, "mountPath": "/spiffe-workload-api", "readOnly": True},
+            {"name": CACHE_VOLUME, "mountPath": CACHE_DIR},
+            _no_token_mount(),
+        ],
+    }
+
+
+def _net(template: Template, plan: Plan) -> JSON:
+    return _container(NET, template, NET_AMOUNTS, plan) | {
+        "command": ["python", "-m", "sidecar.shell.net"],
+        "securityContext": _security(0, {"add": ["NET_ADMIN"], "drop": ["ALL"]}),
+        "volumeMounts": [_no_token_mount()],
+    }
+
+
+def _container(name: str, template: Template, amounts: Amounts, plan: Plan) -> JSON:
+    return {
+        "name": name,
+        "image": template.image,
+        "imagePullPolicy": template.image_pull_policy,
+        "resources": {} if plan.pod_level_resources else amounts.rendered(guaranteed=plan.guaranteed),
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # `kubectl describe` then says why it could not start
+    }
+
+
+def _security(user: int, capabilities: JSON) -> JSON:
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": capabilities,
+        "privileged": False,
+        "readOnlyRootFilesystem": True,
+        "runAsGroup": user,
+        "runAsNonRoot": user != 0,
+        "runAsUser": user,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _probe(path: str, *, period_s: int, timeout_s: int, failures: int) -> JSON:
+    return {
+        "httpGet": {"path": path, "port": HEALTH_PORT, "scheme": "HTTP"},
+        "periodSeconds": period_s,
+        "timeoutSeconds": timeout_s,
+        "successThreshold": 1,
+        "failureThreshold": failures,
+    }
+
+
+def _from_pod(setting: str, field: str) -> JSON:
+    return {"name": PREFIX + setting, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": field}}}
+
+
+def _no_token_mount() -> JSON:
+    # The ServiceAccount admission plugin mounts the API token wherever nothing is mounted at this path.
+    return {"name": NO_TOKEN_VOLUME, "mountPath": TOKEN_DIR, "readOnly": True}

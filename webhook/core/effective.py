@@ -1,0 +1,206 @@
+"""What one workload gets: its pod, the resources that select it, their providers and the cluster's defaults.
+
+A namespace can only tighten what the cluster set; a looser wish is overruled and said so in `notes`. Two profiles for
+one pod are refused: neither is the stricter by any rule that their authors could see. Without profile nobody may call,
+without policy nothing that needs a rule is allowed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import msgspec
+
+from sidecar.core.profile import Audit, ClaimPaths, Identity, Limit, Profile, Provider, Server, Telemetry
+from webhook.core import annotations
+from webhook.core.pod import Pod, workload
+from webhook.core.resources import (
+    IdentityProviderSpec,
+    LimitSpec,
+    PolicySpec,
+    ProviderReference,
+    ServerProfileSpec,
+    ServerSpec,
+)
+from webhook.errors import BadResource, Denial, DenyCode
+
+MCP_PORT_NAME: Final = "mcp"  # the name by which a container port says that it speaks MCP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What the operator set for the cluster (Helm values)."""
+
+    mtls: Literal["strict", "permissive"] = "strict"
+    user: Literal["required", "optional"] = "required"
+    audit: Audit = field(default_factory=Audit)
+    telemetry: Telemetry = field(default_factory=Telemetry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceResources:
+    """The decoded resources of one namespace, by name."""
+
+    profiles: Mapping[str, ServerProfileSpec]
+    policies: Mapping[str, PolicySpec]
+    limits: Mapping[str, LimitSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """What is compiled into one bundle. *notes* are for the authors of the resources."""
+
+    profile: Profile
+    policies: Mapping[str, PolicySpec]
+    notes: tuple[str, ...] = ()
+
+
+def select_profile(labels: dict[str, str], profiles: Mapping[str, ServerProfileSpec]) -> ServerProfileSpec | None:
+    """Return the profile for a pod with *labels*, if any; raises Denial(PROFILE_AMBIGUOUS) when there are two."""
+    names = sorted(name for name, spec in profiles.items() if spec.selector.matches(labels))
+    if len(names) > 1:
+        raise Denial(
+            DenyCode.PROFILE_AMBIGUOUS,
+            f"MCPServerProfiles {', '.join(names)} all select this pod; narrow their selectors until one is left",
+        )
+    return profiles[names[0]] if names else None
+
+
+def resolve_port(pod: Pod, asked: annotations.Overrides, profile: ServerProfileSpec | None) -> int:
+    """Return the port on which *pod* (without our own parts) speaks MCP; raises Denial(PORT_UNKNOWN)."""
+    if asked.port:
+        return asked.port
+    if profile and profile.server.port:
+        return profile.server.port
+    ports = _tcp_ports(pod)
+    named = sorted({number for number, name in ports if name == MCP_PORT_NAME})
+    numbers = named or sorted({number for number, _ in ports})
+    if len(numbers) == 1:
+        return numbers[0]
+    found = ", ".join(str(number) for number in numbers) or "none"
+    raise Denial(
+        DenyCode.PORT_UNKNOWN,
+        f"which port speaks MCP? declared: {found}. Set annotation {annotations.GROUP}/port, or the profile's "
+        f"spec.server.port, or name one container port {MCP_PORT_NAME}",
+    )
+
+
+def combine(
+    pod: Pod,
+    namespace: str,
+    resources: NamespaceResources,
+    providers: Mapping[str, IdentityProviderSpec],
+    defaults: Defaults,
+) -> Effective:
+    """Return what *pod* (without our own parts) of *namespace* gets. Raises BadResource or Denial."""
+    asked = annotations.read(pod.annotations)
+    profile = select_profile(pod.labels, resources.profiles)
+    server = profile.server if profile else ServerSpec()
+    name = workload(pod).name
+    identity, notes = _identity(profile, providers, defaults)
+    return Effective(
+        profile=Profile(
+            server=Server(
+                namespace=namespace,
+                workload=name,
+                name=server.name or name or namespace,
+                version=server.version,
+                port=resolve_port(pod, asked, profile),
+                paths=asked.paths or server.paths,
+                max_body_bytes=server.max_body_bytes,
+            ),
+            identity=identity,
+            limits=tuple(
+                _limit(key, spec) for key, spec in sorted(resources.limits.items()) if spec.selector.matches(pod.labels)
+            ),
+            audit=_audit(profile, defaults.audit),
+            telemetry=_telemetry(profile, defaults.telemetry),
+        ),
+        policies={key: spec for key, spec in sorted(resources.policies.items()) if spec.selector.matches(pod.labels)},
+        notes=notes,
+    )
+
+
+def _tcp_ports(pod: Pod) -> list[tuple[int, str | None]]:
+    return [
+        (port.container_port, port.name)
+        for container in pod.spec.containers
+        for port in container.ports or ()
+        if port.protocol in (None, "TCP")
+    ]
+
+
+def _identity(
+    profile: ServerProfileSpec | None, providers: Mapping[str, IdentityProviderSpec], defaults: Defaults
+) -> tuple[Identity, tuple[str, ...]]:
+    if profile is None:
+        return Identity(mtls=defaults.mtls, user=defaults.user), ()
+    wish, notes = profile.identity, []
+    if wish.mtls == "permissive" and defaults.mtls == "strict":
+        notes.append("spec.identity.mtls: permissive is looser than the cluster's strict, which holds")
+    if wish.user == "optional" and defaults.user == "required":
+        notes.append("spec.identity.user: optional is looser than the cluster's required, which holds")
+    return (
+        Identity(
+            mtls="strict" if "strict" in (wish.mtls, defaults.mtls) else "permissive",
+            user="required" if "required" in (wish.user, defaults.user) else "optional",
+            callers=wish.callers,
+            providers=tuple(_provider(each, providers) for each in wish.providers),
+        ),
+        tuple(notes),
+    )
+
+
+def _provider(reference: ProviderReference, providers: Mapping[str, IdentityProviderSpec]) -> Provider:
+    """Return the provider with the audiences that both it and the reference allow. Raises BadResource."""
+    label = f"IdentityProvider {reference.name}"
+    if reference.name not in providers:
+        raise BadResource(label, f"no such provider; there are {', '.join(sorted(providers)) or 'none'}")
+    spec = providers[reference.name]
+    allowed, wished = spec.audiences or reference.audiences, reference.audiences or spec.audiences
+    audiences = tuple(each for each in wished if each in allowed)
+    if not audiences:
+        raise BadResource(
+            label, f"no audience is left: the provider allows {list(allowed)}, the profile wants {list(wished)}"
+        )
+    return Provider(
+        name=reference.name,
+        issuer=spec.issuer,
+        audiences=audiences,
+        jwks_uri=spec.jwks_uri,
+        ca_pem=spec.ca_pem,
+        algorithms=spec.algorithms,
+        leeway_s=spec.leeway_seconds,
+        claims=ClaimPaths(**msgspec.structs.asdict(spec.claims)),
+    )
+
+
+def _limit(name: str, spec: LimitSpec) -> Limit:
+    return Limit(
+        name=name,
+        rate_per_s=spec.rate_per_second,
+        burst=spec.burst,
+        per=spec.per,
+        methods=spec.methods,
+        tools=spec.tools,
+    )
+
+
+def _audit(profile: ServerProfileSpec | None, default: Audit) -> Audit:
+    """Return what is recorded: less content and more redaction than the cluster's default, never the reverse."""
+    if profile is None:
+        return default
+    wish = profile.audit
+    return Audit(
+        arguments="hash" if "hash" in (wish.arguments, default.arguments) else "full",
+        results="hash" if "hash" in (wish.results, default.results) else "full",
+        redact=tuple(dict.fromkeys((*default.redact, *wish.redact))),
+        max_bytes=default.max_bytes if wish.max_bytes is None else min(wish.max_bytes, default.max_bytes),
+    )
+
+
+def _telemetry(profile: ServerProfileSpec | None, default: Telemetry) -> Telemetry:
+    if profile is None:
+        return default
+    wish = profile.telemetry
+    return Telemetry(otlp_endpoint=wish.otlp_endpoint or default.otlp_endpoint, content=wish.content)

@@ -1,0 +1,368 @@
+"""Decide about one pod: patch it, let it be, or refuse it.
+
+First hit wins, in the order of `decide`. What cannot be enforced is refused, never skipped: for a control, a skip is a
+way round. "Already injected" is never believed: the pod is taken apart and rendered again, and either equals our work,
+becomes our work, or is a decoy. The same function serves the webhook and the offline renderer; it makes no call.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from sidecar.config import USER_ID, Capture
+from webhook.core import annotations, container, patch, probes, quantity
+from webhook.core import pod as pods
+from webhook.core.annotations import GROUP, Overrides
+from webhook.core.container import Plan, Template
+from webhook.core.effective import resolve_port, select_profile
+from webhook.core.pod import JSON, Container, Pod
+from webhook.core.resources import ServerProfileSpec
+from webhook.errors import Denial, DenyCode
+
+INJECTION_LABEL: Final = f"{GROUP}/injection"  # on a namespace
+BREAK_GLASS_LABEL: Final = f"{GROUP}/break-glass"  # on a namespace; whoever may set it may let pods out
+SERVER_LABEL: Final = f"{GROUP}/server"  # on a pod
+AGENT_LABEL: Final = f"{GROUP}/agent"
+_MIRROR: Final = "kubernetes.io/config.mirror"
+# With these a container can leave netfilter, the pod's namespaces or the sidecar's memory behind.
+_CAPABILITIES: Final = frozenset({"ALL", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "BPF"})
+_STRENGTH: Final = {Capture.REMAP: 0, Capture.REDIRECT: 1}
+
+
+class NamespacePolicy(StrEnum):
+    """What a namespace's labels say of its pods."""
+
+    OPTIONAL = "optional"  # only pods that a label or a profile picks
+    ENFORCED = "enforced"  # every pod
+    BREAK_GLASS = "break-glass"  # every pod but those labelled out
+
+
+class SkipReason(StrEnum):
+    """Why a pod is left alone."""
+
+    NOT_A_POD_CREATION = "not_a_pod_creation"
+    MIRROR_POD = "mirror_pod"
+    EXCLUDED_NAMESPACE = "excluded_namespace"
+    NAMESPACE_NOT_LABELLED = "namespace_not_labelled"
+    OPT_OUT = "opt_out"
+    NOT_SELECTED = "not_selected"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inject:
+    """The pod with the sidecar in it. *operations* is empty when it was there already."""
+
+    pod: JSON
+    operations: list[JSON]
+    capture: Capture
+    hash: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """The pod stays as it is."""
+
+    reason: SkipReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deny:
+    """The pod may not be created."""
+
+    code: DenyCode
+    message: str
+
+
+Decision = Inject | Skip | Deny
+
+
+def policy_of(labels: Mapping[str, str]) -> NamespacePolicy | None:
+    """Return what a namespace with *labels* wants; None: nothing. The webhook's selectors in the chart say the same."""
+    match labels.get(INJECTION_LABEL):
+        case "enabled":
+            return NamespacePolicy.OPTIONAL
+        case "enforced":
+            return (
+                NamespacePolicy.BREAK_GLASS if labels.get(BREAK_GLASS_LABEL) == "allowed" else NamespacePolicy.ENFORCED
+            )
+        case _:
+            return None
+
+
+def decide(
+    raw: Any,
+    *,
+    namespace: str,
+    policy: NamespacePolicy | None,
+    profiles: Mapping[str, ServerProfileSpec],
+    template: Template,
+) -> Decision:
+    """Return what becomes of the pod *raw*, to be created in *namespace* with the profiles *profiles*."""
+    try:
+        return _decide(raw, namespace, policy, profiles, template)
+    except Denial as denial:
+        return Deny(code=denial.code, message=str(denial))
+
+
+def _decide(
+    raw: Any,
+    namespace: str,
+    policy: NamespacePolicy | None,
+    profiles: Mapping[str, ServerProfileSpec],
+    template: Template,
+) -> Decision:
+    if policy is None:
+        return Skip(reason=SkipReason.NAMESPACE_NOT_LABELLED)
+    if namespace in template.excluded_namespaces:
+        return Skip(reason=SkipReason.EXCLUDED_NAMESPACE)
+    seen = pods.read(raw)
+    if _MIRROR in seen.annotations:  # the kubelet's own; the API server runs none that a tenant made up
+        return Skip(reason=SkipReason.MIRROR_POD)
+    wanted = _label(seen, SERVER_LABEL)
+    if _label(seen, AGENT_LABEL):
+        raise Denial(DenyCode.ROLE_UNAVAILABLE, f"label {AGENT_LABEL}=true: this version has no agent role yet")
+    profile = select_profile(seen.labels, profiles)
+    warnings = []
+    if wanted is False:
+        if policy is not NamespacePolicy.ENFORCED:
+            return Skip(reason=SkipReason.OPT_OUT)
+        warnings.append(f"{SERVER_LABEL}=false has no effect: namespace {namespace} enforces injection")
+    if policy is NamespacePolicy.OPTIONAL and wanted is None and profile is None:
+        return Skip(reason=SkipReason.NOT_SELECTED)
+    injection, plan, bare = _plan(raw, seen, profile, template, warnings)
+    _refuse_decoys(seen, raw, injection)
+    mutated = patch.mutate(bare, injection)
+    return Inject(
+        pod=mutated,
+        operations=patch.diff(raw, mutated),
+        capture=plan.capture,
+        hash=template.hash,
+        warnings=tuple(warnings),
+    )
+
+
+def _plan(
+    raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, warnings: list[str]
+) -> tuple[patch.Injection, Plan, JSON]:
+    """Return what to put in, how it was decided, and the pod without anything of ours. Raises Denial."""
+    _refuse_misplaced(seen)
+    try:
+        bare_raw = patch.restore(raw)
+    except ValueError as error:
+        raise Denial(DenyCode.DECOY_CONTAINER, f"container {container.SIDECAR}: {error}") from error
+    bare = pods.read(bare_raw)
+    _refuse_unenforceable(bare)
+    asked = annotations.read(bare.annotations)
+    capture = _capture(asked, profile, template)
+    port = resolve_port(bare, asked, profile)
+    if port in probes.RESERVED_PORTS:
+        raise Denial(
+            DenyCode.PORT_RESERVED, f"port {port} belongs to the sidecar; let the application listen on another"
+        )
+    relocated, originals = _relocate(bare_raw, bare)
+    move = _port_move(bare, port) if capture is Capture.REMAP else None
+    if capture is Capture.REMAP:
+        warnings.extend(_remap_warnings(bare, port, move))
+    plan = Plan(
+        workload=pods.workload(bare).name,
+        capture=capture,
+        asked=asked,
+        probes=probes.encode(originals),
+        port_name=move.name if move else None,
+        guaranteed=_is_guaranteed(bare.containers),
+        pod_level_resources=bare.spec.resources is not None,
+    )
+    injection = patch.Injection(
+        init_containers=container.init_containers(template, plan),
+        volumes=container.volumes(),
+        relocated=relocated,
+        status=_status(template, capture, port, move),
+        revision=template.revision,
+        image_pull_secrets=template.image_pull_secrets,
+        port_move=move,
+    )
+    return injection, plan, bare_raw
+
+
+def _label(seen: Pod, key: str) -> bool | None:
+    value = seen.labels.get(key)
+    if value not in (None, "true", "false"):
+        raise Denial(DenyCode.LABEL_INVALID, f"label {key}: {value[:64]!r} is neither true nor false")
+    return None if value is None else value == "true"
+
+
+def _capture(asked: Overrides, profile: ServerProfileSpec | None, template: Template) -> Capture:
+    capture = asked.capture or (profile.capture if profile else None) or template.capture
+    if _STRENGTH[capture] < _STRENGTH[template.weakest_capture]:
+        raise Denial(
+            DenyCode.ANNOTATION_INVALID,
+            f"capture {capture}: weaker than {template.weakest_capture}, the weakest that this cluster allows",
+        )
+    return capture
+
+
+def _refuse_misplaced(seen: Pod) -> None:
+    """Refuse our names and ports where we never put them."""
+    for each in seen.spec.containers:
+        if each.name in container.CONTAINERS:
+            raise Denial(DenyCode.DECOY_CONTAINER, f"container name {each.name} is reserved; choose another")
+    for volume in seen.spec.volumes or ():
+        if volume.name not in container.VOLUMES and (volume.csi or {}).get("driver") == container.SPIFFE_DRIVER:
+            raise Denial(
+                DenyCode.DECOY_VOLUME, f"volume {volume.name}: the SPIFFE Workload API is mounted for the sidecar alone"
+            )
+    for each in seen.containers:
+        if each.name not in container.CONTAINERS:
+            _refuse_ours_in(each)
+
+
+def _refuse_ours_in(each: Container) -> None:
+    for mount in each.volume_mounts or ():
+        if mount.name in container.VOLUMES:
+            raise Denial(DenyCode.DECOY_MOUNT, f"container {each.name}: volume {mount.name} is the sidecar's alone")
+    for port in each.ports or ():
+        if port.container_port in probes.RESERVED_PORTS:
+            raise Denial(
+                DenyCode.PORT_RESERVED, f"container {each.name}: port {port.container_port} belongs to the sidecar"
+            )
+
+
+def _refuse_decoys(seen: Pod, raw: JSON, injection: patch.Injection) -> None:
+    """Refuse parts of our names that we would not have made; what follows from the rest of the pod is rendered anew."""
+    injected = any(each.name in container.CONTAINERS for each in seen.spec.init_containers or ())
+    hint = "remove it and let it be injected; backups should leave pods to their Deployment"
+    for field, code, expected, names in (
+        ("initContainers", DenyCode.DECOY_CONTAINER, injection.init_containers, container.CONTAINERS),
+        ("volumes", DenyCode.DECOY_VOLUME, injection.volumes, container.VOLUMES),
+    ):
+        left = {each["name"]: each for each in expected}
+        for part in raw["spec"].get(field) or ():
+            if part["name"] not in names:
+                continue
+            ours = left.pop(part["name"], None)
+            if not injected or ours is None or _fixed(part) != _fixed(ours):
+                raise Denial(code, f"{field}: {part['name']} is not what the injector makes; {hint}")
+
+
+def _fixed(part: JSON) -> JSON:
+    """Return *part* without what follows from the application's containers: they may have changed since."""
+    kept = {key: value for key, value in part.items() if key not in ("ports", "resources")}
+    recorded = [each for each in kept.get("env") or () if each["name"] == container.PROBES_VARIABLE]
+    if len(recorded) == 1:  # a second one would win, so it must be seen
+        kept["env"] = [each for each in kept["env"] if each is not recorded[0]]
+    return kept
+
+
+def _refuse_unenforceable(bare: Pod) -> None:
+    spec = bare.spec
+    windows = (spec.os and spec.os.name == "windows") or (spec.node_selector or {}).get("kubernetes.io/os") == "windows"
+    for found, code, what in (
+        (spec.host_network, DenyCode.UNENFORCEABLE_HOST_NETWORK, "hostNetwork: traffic would not pass the sidecar"),
+        (spec.host_pid, DenyCode.UNENFORCEABLE_HOST_PID, "hostPID: the sidecar's process would be in reach"),
+        (spec.host_ipc, DenyCode.UNENFORCEABLE_HOST_IPC, "hostIPC: the node's memory would be in reach"),
+        (
+            spec.share_process_namespace,
+            DenyCode.UNENFORCEABLE_SHARED_PROCESSES,
+            "shareProcessNamespace: the sidecar's process would be in reach",
+        ),
+        (windows, DenyCode.UNENFORCEABLE_WINDOWS, "Windows: there is no sidecar for it"),
+        (
+            # A pod-level user does no harm when every container sets its own.
+            _runs_as_sidecar(spec.security_context) and not all(_has_own_user(each) for each in bare.containers),
+            DenyCode.UNENFORCEABLE_USER,
+            f"securityContext.runAsUser {USER_ID}: it is the sidecar's, whose traffic is not captured",
+        ),
+    ):
+        if found:
+            raise Denial(code, f"{what}; remove it")
+    for each in bare.containers:
+        _refuse_unenforceable_container(each)
+
+
+def _refuse_unenforceable_container(each: Container) -> None:
+    security = each.security_context
+    if any(port.host_port for port in each.ports or ()):
+        raise Denial(
+            DenyCode.UNENFORCEABLE_HOST_PORT, f"container {each.name}: hostPort goes round the Service; remove it"
+        )
+    if security is None:
+        return
+    if security.privileged:
+        raise Denial(
+            DenyCode.UNENFORCEABLE_PRIVILEGED, f"container {each.name}: privileged can undo the capture; remove it"
+        )
+    if _runs_as_sidecar(security):
+        raise Denial(
+            DenyCode.UNENFORCEABLE_USER, f"container {each.name}: runAsUser {USER_ID} is the sidecar's; use another"
+        )
+    added = {name.upper().removeprefix("CAP_") for name in (security.capabilities and security.capabilities.add) or ()}
+    if dangerous := sorted(added & _CAPABILITIES):
+        raise Denial(
+            DenyCode.UNENFORCEABLE_CAPABILITY,
+            f"container {each.name}: capability {', '.join(dangerous)} can undo the capture; remove it",
+        )
+
+
+def _runs_as_sidecar(security: pods.SecurityContext | None) -> bool:
+    return security is not None and security.run_as_user == USER_ID
+
+
+def _has_own_user(each: Container) -> bool:
+    return each.security_context is not None and each.security_context.run_as_user not in (None, USER_ID)
+
+
+def _relocate(raw: JSON, bare: Pod) -> tuple[dict[str, JSON], probes.Originals]:
+    relocated: dict[str, JSON] = {}
+    originals: probes.Originals = {}
+    for field, views in (("initContainers", bare.spec.init_containers or ()), ("containers", bare.spec.containers)):
+        for each, view in zip(raw["spec"].get(field) or (), views, strict=True):
+            # Only native sidecars among the init containers can have probes; the API server sees to that.
+            relocated[view.name], kinds = probes.relocate(each, view)
+            if kinds:
+                originals[view.name] = kinds
+    return relocated, originals
+
+
+def _port_move(bare: Pod, port: int) -> patch.PortMove | None:
+    """Return which port name goes to the sidecar, so that Services with that name as targetPort follow."""
+    for each in bare.spec.containers:
+        for declared in each.ports or ():
+            if declared.container_port == port and declared.name and declared.protocol in (None, "TCP"):
+                return patch.PortMove(container=each.name, port=port, name=declared.name)
+    return None
+
+
+def _remap_warnings(bare: Pod, port: int, move: patch.PortMove | None) -> Iterable[str]:
+    if move is None:
+        yield f"port {port} has no name: Services must use targetPort 15443 to reach the sidecar"
+    others = sorted({each.container_port for c in bare.spec.containers for each in c.ports or ()} - {port})
+    if others:
+        yield f"ports {others} do not pass the sidecar in capture mode remap; close them by NetworkPolicy"
+
+
+def _is_guaranteed(containers: Sequence[Container]) -> bool:
+    """Return whether every container has limits for CPU and memory, and requests that equal them."""
+    for each in containers:
+        limits = (each.resources and each.resources.limits) or {}
+        requests = (each.resources and each.resources.requests) or {}
+        for name in ("cpu", "memory"):
+            limit = quantity.parse(limits.get(name))
+            if not limit or quantity.parse(requests.get(name, limits.get(name))) != limit:
+                return False
+    return True
+
+
+def _status(template: Template, capture: Capture, port: int, move: patch.PortMove | None) -> str:
+    status: JSON = {
+        "version": template.version,
+        "revision": template.revision,
+        "hash": template.hash,
+        "guarantee": str(capture),
+        "port": port,
+    }
+    if move:
+        status["moved"] = {"container": move.container, "port": move.port, "name": move.name}
+    return json.dumps(status, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,197 @@
+"""The custom resources as typed values: what `sidegate.dev/v1alpha1` can say, and whom it says it to.
+
+Refuses unknown fields, wrong types and values out of range, naming resource and field, although the API server has
+checked the same schema (charts/sidegate/crds): a CRD may be older than this program. Selectors are label selectors as
+Kubernetes has them: an empty one selects every pod of its namespace, a missing one is an error.
+"""
+
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+
+from certs.errors import BadSpiffeId
+from certs.spiffe import SpiffePattern
+from sidecar.config import Capture
+from sidecar.core import profile
+from webhook.core.pod import JSON
+from webhook.errors import BadResource
+
+VERSION: Final = "v1alpha1"
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=253)]
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """Base: immutable, by keyword, nothing unknown, camel case as in every Kubernetes resource."""
+
+
+class Requirement(Record, frozen=True, kw_only=True):
+    """One line of `matchExpressions`."""
+
+    key: Name
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    values: tuple[str, ...] = ()
+
+    def matches(self, labels: dict[str, str]) -> bool:
+        """Return whether *labels* meet the requirement; an absent label is not in any set."""
+        match self.operator:
+            case "In":
+                return labels.get(self.key) in self.values
+            case "NotIn":
+                return labels.get(self.key) not in self.values
+            case "Exists":
+                return self.key in labels
+            case "DoesNotExist":
+                return self.key not in labels
+
+
+class Selector(Record, frozen=True, kw_only=True):
+    """A label selector: all of it must match."""
+
+    match_labels: dict[str, str] = {}
+    match_expressions: tuple[Requirement, ...] = ()
+
+    def matches(self, labels: dict[str, str]) -> bool:
+        """Return whether a pod with *labels* is meant."""
+        return all(labels.get(key) == value for key, value in self.match_labels.items()) and all(
+            each.matches(labels) for each in self.match_expressions
+        )
+
+
+class ServerSpec(Record, frozen=True, kw_only=True):
+    """The MCP server behind the sidecar; None: found out from the pod."""
+
+    name: Name | None = None
+    version: str = ""
+    port: profile.Port | None = None
+    paths: Annotated[tuple[profile.Path, ...], msgspec.Meta(min_length=1)] = ("/mcp",)
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=64 * 2**20)] = 4 * 2**20  # the SDKs' own limit
+
+
+class ProviderReference(Record, frozen=True, kw_only=True):
+    """An IdentityProvider, and which of its audiences this server is."""
+
+    name: Name
+    audiences: tuple[Name, ...] = ()
+
+
+class IdentitySpec(Record, frozen=True, kw_only=True):
+    """Who may call at all."""
+
+    mtls: Literal["strict", "permissive"] | None = None
+    user: Literal["required", "optional"] | None = None
+    callers: tuple[str, ...] = ()
+    providers: tuple[ProviderReference, ...] = ()
+
+
+class AuditSpec(Record, frozen=True, kw_only=True):
+    """What audit records hold."""
+
+    arguments: Literal["full", "hash"] | None = None
+    results: Literal["full", "hash"] | None = None
+    redact: tuple[Name, ...] = ()
+    max_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**20)] | None = None
+
+
+class TelemetrySpec(Record, frozen=True, kw_only=True):
+    """Where spans go."""
+
+    otlp_endpoint: str | None = None
+    content: bool = False
+
+
+class ServerProfileSpec(Record, frozen=True, kw_only=True):
+    """`MCPServerProfile`: which pods, and how."""
+
+    selector: Selector
+    capture: Literal[Capture.REDIRECT, Capture.REMAP] | None = None
+    server: ServerSpec = ServerSpec()
+    identity: IdentitySpec = IdentitySpec()
+    audit: AuditSpec = AuditSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
+
+
+class PolicySpec(Record, frozen=True, kw_only=True):
+    """`MCPPolicy`: rules in either language or both; each engine present must allow."""
+
+    selector: Selector
+    cedar: str | None = None
+    rego: str | None = None
+
+
+class LimitSpec(Record, frozen=True, kw_only=True):
+    """`MCPLimit`: a token bucket for each combination of `per`."""
+
+    selector: Selector
+    rate_per_second: Annotated[float, msgspec.Meta(gt=0)]
+    burst: Annotated[int, msgspec.Meta(ge=1)]
+    per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
+    methods: tuple[Name, ...] = ("tools/call",)
+    tools: tuple[Name, ...] = ()
+
+
+class ClaimsSpec(Record, frozen=True, kw_only=True):
+    """Which claim becomes which field of `input.user`."""
+
+    id: str = "sub"
+    email: str = "email"
+    role: str = "role"
+    roles: str = "roles"
+    groups: str = "groups"
+
+
+class IdentityProviderSpec(Record, frozen=True, kw_only=True):
+    """`IdentityProvider`: whose access tokens are accepted."""
+
+    issuer: Annotated[str, msgspec.Meta(pattern="^https?://", max_length=2048)]
+    audiences: tuple[Name, ...] = ()
+    jwks_uri: Annotated[str, msgspec.Meta(pattern="^https?://", max_length=2048)] | None = None
+    ca_pem: str | None = None
+    algorithms: Annotated[tuple[Algorithm, ...], msgspec.Meta(min_length=1)] = ("RS256", "PS256", "ES256", "EdDSA")
+    leeway_seconds: Annotated[int, msgspec.Meta(ge=0, le=120)] = 30
+    claims: ClaimsSpec = ClaimsSpec()
+
+
+Spec = TypeVar("Spec", ServerProfileSpec, PolicySpec, LimitSpec, IdentityProviderSpec)
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """How a kind is addressed in the API."""
+
+    name: str
+    plural: str
+    spec: type[Any]
+
+
+SERVER_PROFILE: Final = Kind(name="MCPServerProfile", plural="mcpserverprofiles", spec=ServerProfileSpec)
+POLICY: Final = Kind(name="MCPPolicy", plural="mcppolicies", spec=PolicySpec)
+LIMIT: Final = Kind(name="MCPLimit", plural="mcplimits", spec=LimitSpec)
+IDENTITY_PROVIDER: Final = Kind(name="IdentityProvider", plural="identityproviders", spec=IdentityProviderSpec)
+KINDS: Final = (SERVER_PROFILE, POLICY, LIMIT, IDENTITY_PROVIDER)
+
+
+def label_of(kind: Kind, resource: JSON) -> str:
+    """Return `Kind namespace/name` for messages."""
+    metadata = resource.get("metadata") or {}
+    parts = (metadata.get("namespace"), metadata.get("name"))
+    return f"{kind.name} {'/'.join(str(part) for part in parts if part)}"
+
+
+def decode(kind: Kind, resource: JSON, spec: type[Spec]) -> Spec:
+    """Return the spec of *resource*; raises BadResource naming the field and what is expected there."""
+    label = label_of(kind, resource)
+    try:
+        decoded = msgspec.convert(resource.get("spec"), type=spec)
+    except msgspec.ValidationError as error:
+        raise BadResource(label, f"spec: {error}") from error
+    match decoded:
+        case ServerProfileSpec():
+            for index, caller in enumerate(decoded.identity.callers):
+                try:
+                    SpiffePattern.parse(caller)
+                except BadSpiffeId as error:
+                    raise BadResource(label, f"spec.identity.callers[{index}]: {error}") from error
+        case PolicySpec():
+            if not (decoded.cedar or decoded.rego):
+                raise BadResource(label, "spec: one of cedar and rego must be given")
+    return decoded
