@@ -1,0 +1,217 @@
+"""The sidecar's process: builds the parts, runs them in one TaskGroup, says whether it is ready and why not, drains.
+
+Nothing decides here. Refuses to start on unusable settings; every other trouble (no agent, no bundle, no provider) is
+told by readiness and met by refusing calls, never by exiting: a restart heals none of it.
+"""
+
+import asyncio
+import gc
+import logging
+import resource
+import signal
+import time
+from collections.abc import Mapping
+
+import aiohttp
+import uvloop
+from aiohttp import web
+
+from certs.errors import PeerReason
+from certs.spiffe import SpiffeId
+from certs.tls import ClientCertificate, MutualClient, MutualServer
+from certs.workload import Selection, X509Source
+from sidecar.config import Settings
+from sidecar.core.bundle import Bundle
+from sidecar.core.connection import Connection
+from sidecar.errors import Reason, Refusal
+from sidecar.shell import logs
+from sidecar.shell.audit import Audit
+from sidecar.shell.bundles import BundleSource
+from sidecar.shell.health import Health, decode_probes
+from sidecar.shell.listener import Listener
+from sidecar.shell.metrics import Metrics
+from sidecar.shell.providers import Providers
+from sidecar.shell.serving import Serving
+from sidecar.shell.snapshot import Snapshots
+from sidecar.shell.tracing import Tracing
+from sidecar.shell.upstream import Upstream
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_STEP_S = 5.0  # for each thing that is closed at the end, drain apart
+
+
+class App:
+    """One sidecar. *bundle* is given outside a pod; inside, it is pulled from the control plane."""
+
+    def __init__(self, settings: Settings, *, bundle: Bundle | None = None) -> None:
+        self._settings = settings
+        self._bundle = bundle
+        self._probes = decode_probes(settings.probes)
+
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        logs.configure(self._settings.log_level)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and tokens
+        uvloop.run(self.serve())
+
+    async def serve(self, listening: "asyncio.Future[tuple[int, int]] | None" = None) -> None:
+        """Serve until a signal; *listening* is told the inbound and the health port once both are bound."""
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        self._audit = Audit(settings.audit_sink)
+        self._metrics = Metrics()
+        async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
+            self._tracing = Tracing(session, endpoint=settings.otlp_endpoint)
+            self._providers = Providers(session, self._keys_changed)
+            self._serving = Serving(
+                upstream=Upstream(settings.upstream_host, tasks.create_task),
+                observers=(self._audit, self._metrics, self._tracing),
+                spawn=tasks.create_task,
+                find_key=self._providers.find,
+                why_not_ready=self._why_not_ready,
+            )
+            hosts = frozenset(each.strip() for each in settings.hosts.split(",") if each.strip())
+            self._snapshots = Snapshots(self._serving, hosts=hosts, work_dir=settings.bundle_dir or None)
+            self._source = self._identity()
+            server = MutualServer(
+                client_certificate=ClientCertificate.OPTIONAL,  # whether it is required is the bundle's to say
+                on_refused=self._handshake_refused,
+            )
+            background = [tasks.create_task(self._tracing.run()), tasks.create_task(self._providers.run())]
+            self._bundles: BundleSource | None = None
+            if self._source is not None:
+                client = MutualClient()
+                self._source.subscribe(server.follow)
+                self._source.subscribe(client.follow)
+                background.append(tasks.create_task(self._source.run()))
+                if self._bundle is None:
+                    self._bundles = BundleSource(settings, session, client, self._activate)
+                    background.append(tasks.create_task(self._bundles.run()))
+            if self._bundle is not None:
+                await self._activate(self._bundle)
+            listener = Listener(
+                self._serving,
+                host=settings.listen_host,
+                port=settings.listen_port,
+                capture=settings.capture,
+                tls=None if self._source is None else server.context,
+                max_connections=int(settings.max_connections),
+                refused_port=self._port_refused,
+            )
+            accepting = tasks.create_task(listener.run())
+            health = await self._serve_health()
+            health_port = health.addresses[0][1]
+            log.info("listening", extra={"port": listener.port, "health_port": health_port})
+            if listening is not None:
+                listening.set_result((listener.port, health_port))
+            gc.collect()
+            gc.freeze()  # a later full collection would stop every call for 15 ms
+            await stop.wait()
+            await self._drain(accepting)
+            await self._tracing.flush()
+            for task in background:
+                task.cancel()
+            await health.cleanup()
+        self._audit.close()
+
+    # readiness
+
+    def conditions(self) -> Mapping[str, str]:
+        """Return what is not well, by name; empty means ready."""
+        found: dict[str, str] = {}
+        if self._serving.draining:
+            found["draining"] = "shutting down"
+        if self._source is not None and not self._source.is_ready:
+            found["identity"] = f"{self._source.state}: {self._source.detail}"
+        if self._serving.snapshot is None:
+            found["bundle"] = "none yet" if self._bundles is None else self._bundles.detail
+        elif self._bundles is not None and self._bundles.is_stale:
+            found["bundle"] = f"stale: {self._bundles.detail}"
+        if self._audit.failed:
+            found["audit"] = "the last record could not be written"
+        return found
+
+    def _why_not_ready(self) -> str | None:
+        """Return why no call may be judged; None when one may."""
+        if self._source is not None and self._source.current is None:
+            return f"identity: {self._source.state}"
+        if self._bundles is not None and self._bundles.is_stale:
+            return "bundle: stale"
+        return None
+
+    # what the parts tell
+
+    def _identity(self) -> X509Source | None:
+        settings = self._settings
+        if not settings.spiffe_socket:
+            return None
+        chosen = SpiffeId.parse(settings.spiffe_id) if settings.spiffe_id else None
+        return X509Source(settings.spiffe_socket, selection=Selection(spiffe_id=chosen))
+
+    async def _activate(self, bundle: Bundle) -> None:
+        await self._snapshots.activate(bundle)
+        self._tracing.use_endpoint(bundle.profile.telemetry.otlp_endpoint)
+        self._providers.use(bundle.profile.identity.providers)
+
+    def _keys_changed(self) -> None:
+        self._snapshots.use_keys(self._providers.keys)
+
+    def _handshake_refused(self, reason: PeerReason, serial: int | None) -> None:
+        """Record a caller that was turned away before it could say anything."""
+        self._metrics.handshake_refused(reason)
+        detail = f"{reason}; serial {serial}" if serial is not None else str(reason)
+        self._record_at_the_door(Refusal(Reason.UNAUTHENTICATED, "TLS handshake refused", detail=detail), client="")
+
+    def _port_refused(self, client: str, port: int) -> None:
+        refusal = Refusal(Reason.NOT_FOUND, "not the MCP port", detail=f"port {port}")
+        self._record_at_the_door(refusal, client=client)
+
+    def _record_at_the_door(self, refusal: Refusal, *, client: str) -> None:
+        connection = Connection(peer=None, client=client, method="", path="", query="", headers=(), body=b"")
+        exchange = self._serving.begin(connection)
+        exchange.refusal = refusal
+        self._serving.observe(exchange)
+
+    # listeners and the end
+
+    async def _serve_health(self) -> web.AppRunner:
+        health = Health(
+            upstream_host=self._settings.upstream_host,
+            probes=self._probes,
+            conditions=self.conditions,
+            render_metrics=self._render_metrics,
+        )
+        runner = web.AppRunner(health.application(), access_log=None)
+        await runner.setup()
+        host = None if self._settings.health_host == "::" else self._settings.health_host
+        await web.TCPSite(runner, host, self._settings.health_port).start()
+        return runner
+
+    def _render_metrics(self) -> str:
+        snapshot, current = self._serving.snapshot, None if self._source is None else self._source.current
+        return self._metrics.render(
+            revision="" if snapshot is None else snapshot.revision,
+            bundle_age_s=None if self._bundles is None else self._bundles.age_s,
+            svid_expires_at_s=None if current is None else current.svid.not_after.timestamp(),
+            audit_failures=self._audit.failures,
+            spans_dropped=self._tracing.dropped,
+        )
+
+    async def _drain(self, accepting: "asyncio.Task[None]") -> None:
+        """Stop accepting, let calls finish, cut those that do not. Each step is logged with its duration."""
+        began_s = time.monotonic()
+        self._serving.draining = True
+        accepting.cancel()
+        for connection in tuple(self._serving.connections):
+            connection.drain()
+        deadline_s = began_s + self._settings.drain_s
+        while self._serving.connections and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        cut = len(self._serving.connections)
+        for connection in tuple(self._serving.connections):
+            connection.abort()
+        log.info("drained", extra={"seconds": round(time.monotonic() - began_s, 3), "cut": cut})

@@ -1,0 +1,83 @@
+"""Builds the snapshot in force from a bundle and the providers' keys, and swaps it whole.
+
+A bundle whose engines do not load changes nothing: the last good one stays. New keys mean a new, empty cache of
+verified tokens.
+"""
+
+import asyncio
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from sidecar.core.authorise import Engine
+from sidecar.core.bundle import Bundle
+from sidecar.core.engines import engines
+from sidecar.core.identity import Keys, trust
+from sidecar.errors import BundleError
+from sidecar.pipeline import Snapshot
+from sidecar.shell.serving import Serving
+
+log = logging.getLogger(__name__)
+
+COMPILE_S: Final = 30.0  # of policy.wasm in a child; half a second on an idle core
+WASM: Final = "policy.wasm"
+
+
+class Snapshots:
+    """Owned by sidecar/shell/app.py; the only one that sets `Serving.snapshot`."""
+
+    def __init__(self, serving: Serving, *, hosts: frozenset[str], work_dir: str | None) -> None:
+        self._serving = serving
+        self._hosts = hosts
+        self._work_dir = work_dir
+        self._bundle: Bundle | None = None
+        self._engines: tuple[Engine, ...] = ()
+        self._keys: Keys = {}
+
+    async def activate(self, bundle: Bundle) -> None:
+        """Put *bundle* in force; raises BundleError, and then the one before stays in force."""
+        self._engines = await _load(bundle, self._work_dir)
+        self._bundle = bundle
+        self._publish()
+        log.info("bundle activated", extra={"revision": bundle.revision})
+
+    def use_keys(self, keys: Keys) -> None:
+        """Believe tokens that *keys* prove, and no others."""
+        self._keys = keys
+        self._publish()
+
+    def _publish(self) -> None:
+        if self._bundle is None:
+            return
+        profile = self._bundle.profile
+        self._serving.snapshot = Snapshot(
+            profile=profile,
+            revision=self._bundle.revision,
+            engines=self._engines,
+            trust=trust(profile.identity, self._keys),
+            hosts=self._hosts,
+        )
+
+
+async def _load(bundle: Bundle, work_dir: str | None) -> tuple[Engine, ...]:
+    """Return the bundle's engines; its WebAssembly is compiled in a child, whose 20 MB end with it."""
+    if WASM not in bundle.files:
+        return engines(bundle)
+    with tempfile.TemporaryDirectory(prefix="sidegate-", dir=work_dir) as directory:
+        source, compiled = Path(directory, WASM), Path(directory, "policy.cwasm")
+        source.write_bytes(bundle.files[WASM])
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar.shell.precompile", str(source), str(compiled), stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            async with asyncio.timeout(COMPILE_S):
+                _, errors = await child.communicate()
+        except TimeoutError as error:
+            child.kill()
+            await child.wait()
+            raise BundleError(f"{WASM}: compiling took longer than {COMPILE_S:g} s") from error
+        if child.returncode != 0:
+            raise BundleError(f"{WASM}: {errors.decode(errors='replace').strip()[-500:]}")
+        return engines(bundle, compiled=str(compiled))

@@ -1,0 +1,142 @@
+"""`sidegate run`: the sidecar outside a pod, in front of a local MCP server; same code, policies from a directory."""
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from certs.spiffe import SpiffePattern
+from sidecar.config import Capture, LogLevel, Settings
+from sidecar.core.bundle import PROFILE, Bundle, decode, public_keys, revision
+from sidecar.core.profile import Identity, Limit, Profile, Provider, Server
+from sidecar.core.profile import decode as decode_profile
+from sidecar.errors import ConfigError
+from sidecar.shell.app import App
+from webhook.core.compile import Policies
+from webhook.shell.opa import Opa, files
+
+DEFAULT_LISTEN: Final = "127.0.0.1:8080"
+EXAMPLE: Final = "example: sidegate run --upstream http://127.0.0.1:8000/mcp --policy policies/ --issuer https://id.corp.example --audience http://127.0.0.1:8080/mcp"  # fmt: skip # noqa: E501
+
+
+def add_to(verbs: Any) -> None:
+    """Add the verb's arguments."""
+    parser = verbs.add_parser("run", help="govern a local MCP server", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help=f"where callers connect (default {DEFAULT_LISTEN})")  # fmt: skip # noqa: E501
+    parser.add_argument("--health", default="127.0.0.1:0", metavar="HOST:PORT", help="health and metrics (default: a free port)")  # fmt: skip # noqa: E501
+    parser.add_argument("--upstream", required=True, metavar="URL", help="the MCP endpoint to govern, http only")
+    parser.add_argument("--policy", required=True, type=Path, metavar="DIR|BUNDLE", help="a directory of .cedar and .rego files, or a signed bundle (.tar.gz)")  # fmt: skip # noqa: E501
+    parser.add_argument("--key", type=Path, metavar="PEM", help="public keys one of which signed BUNDLE")
+    parser.add_argument("--opa", default="opa", metavar="PATH", help="the opa binary that compiles .rego (default: opa on the PATH)")  # fmt: skip # noqa: E501
+    parser.add_argument("--issuer", metavar="URL", help="the OpenID provider whose access tokens are accepted")
+    parser.add_argument("--audience", action="append", default=[], metavar="AUD", help="an audience that names this server; may be given again")  # fmt: skip # noqa: E501
+    parser.add_argument("--user", choices=("required", "optional"), help="whether a call needs a user's token (default: required)")  # fmt: skip # noqa: E501
+    parser.add_argument("--spiffe-socket", default="", metavar="ADDRESS", help="the Workload API, as unix:/path; without it callers cannot use mTLS")  # fmt: skip # noqa: E501
+    parser.add_argument("--caller", action="append", default=[], metavar="PATTERN", help="SPIFFE IDs that may call, such as spiffe://td/ns/*/sa/agent")  # fmt: skip # noqa: E501
+    parser.add_argument("--limit", action="append", default=[], metavar="RATE/BURST", help="tool calls per second and burst, per user and workload")  # fmt: skip # noqa: E501
+    parser.add_argument("--audit", default="stdout", metavar="FILE", help="where audit records go (default: stdout)")
+    parser.add_argument("--otlp", default="", metavar="URL", help="an OTLP/HTTP receiver for spans")
+    parser.add_argument("--log-level", choices=list(LogLevel), default=LogLevel.INFO)
+    parser.set_defaults(perform=perform)
+
+
+def perform(options: argparse.Namespace) -> int:
+    """Run until a signal; return the exit status."""
+    bundle = asyncio.run(_bundle(options))
+    host, port = _address(options.listen, "--listen")
+    health_host, health_port = _address(options.health, "--health")
+    upstream = urlsplit(options.upstream)
+    settings = Settings(
+        namespace=bundle.profile.server.namespace,
+        workload=bundle.profile.server.workload,
+        capture=Capture.LISTEN,
+        listen_host=host,
+        listen_port=port,
+        health_host=health_host,
+        health_port=health_port,
+        upstream_host=upstream.hostname or "127.0.0.1",
+        spiffe_socket=options.spiffe_socket,
+        audit_sink=options.audit,
+        otlp_endpoint=options.otlp,
+        log_level=options.log_level,
+    )
+    App(settings, bundle=bundle).run()
+    return 0
+
+
+async def _bundle(options: argparse.Namespace) -> Bundle:
+    """Return what is enforced: a signed bundle as it is, or a directory compiled here."""
+    path: Path = options.policy
+    if path.is_file():
+        if options.key is None:
+            raise ConfigError("--key is required with a bundle: nothing unsigned is enforced")
+        return _overridden(decode(path.read_bytes(), public_keys(options.key.read_text())), options)
+    if not path.is_dir():
+        raise ConfigError(f"--policy {path}: expected a directory or a bundle file")
+    profile_file = path / PROFILE
+    base = decode_profile(profile_file.read_bytes()) if profile_file.exists() else None
+    policies = Policies(cedar=_texts(path, "*.cedar"), rego=_texts(path, "*.rego"))
+    if not policies.cedar and not policies.rego:
+        raise ConfigError(f"--policy {path}: holds no .cedar and no .rego file, so nothing would be allowed")
+    content = await files(policies, _profile(options, base), Opa(options.opa))
+    return Bundle(revision=revision(content), files=content, profile=decode_profile(content[PROFILE]))
+
+
+def _overridden(bundle: Bundle, options: argparse.Namespace) -> Bundle:
+    profile = _profile(options, bundle.profile)
+    return Bundle(revision=bundle.revision, files=bundle.files, profile=profile)
+
+
+def _texts(directory: Path, pattern: str) -> Mapping[str, str]:
+    return {path.name: path.read_text() for path in sorted(directory.glob(pattern)) if not path.stem.endswith("_test")}
+
+
+def _profile(options: argparse.Namespace, base: Profile | None) -> Profile:
+    """Return *base* (or defaults) with what the command line says; the command line wins."""
+    upstream = urlsplit(options.upstream)
+    if upstream.scheme != "http" or not upstream.hostname:
+        raise ConfigError(f"--upstream {options.upstream}: expected http://HOST:PORT/PATH")
+    if options.issuer and not options.audience:
+        raise ConfigError("--audience is required with --issuer: a token for anyone else must not open this server")
+    for pattern in options.caller:
+        SpiffePattern.parse(pattern)
+    old = base.identity if base is not None else Identity()
+    providers = old.providers
+    if options.issuer:
+        providers = (Provider(name="cli", issuer=options.issuer, audiences=tuple(options.audience)),)
+    limits = tuple(_limit(text, index) for index, text in enumerate(options.limit)) or (base.limits if base else ())
+    server = Server(
+        namespace=base.server.namespace if base else "local",
+        workload=base.server.workload if base else "local",
+        name=base.server.name if base else "local",
+        port=upstream.port or 80,
+        paths=(upstream.path or "/",),
+    )
+    identity = Identity(
+        mtls="strict" if options.spiffe_socket else "permissive",
+        user=options.user or old.user,
+        callers=tuple(options.caller) or old.callers,
+        providers=providers,
+    )
+    if base is None:
+        return Profile(server=server, identity=identity, limits=limits)
+    return msgspec.structs.replace(base, server=server, identity=identity, limits=limits)
+
+
+def _limit(text: str, index: int) -> Limit:
+    rate, _, burst = text.partition("/")
+    try:
+        return Limit(name=f"cli-{index}", rate_per_s=float(rate), burst=int(burst))
+    except ValueError as error:
+        raise ConfigError(f"--limit {text}: expected RATE/BURST, such as 2/10") from error
+
+
+def _address(text: str, option: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{option} {text}: expected HOST:PORT")
+    return host.strip("[]"), int(port)
