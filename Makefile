@@ -1,0 +1,102 @@
+# What a developer, CI and a release run. A machine needs make, Python >= 3.11 with venv, and root for `make e2e`;
+# everything else comes from package registries, pinned.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+UV = uv==0.13.9
+
+# One environment per content of these two files: a new lock makes a new stamp.
+READY = $(VENV)/.locked-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.SILENT:
+MAKEFLAGS += --no-print-directory
+.PHONY: help lint test e2e test-all-pythons lock images clean
+
+help:
+	echo "make lint              style, types, layers, spelling, Dockerfile"
+	echo "make test              everything that needs no root"
+	echo "make e2e               a real cluster with real SPIRE (root)"
+	echo "make test-all-pythons  make test under 3.11, 3.12 and 3.13"
+	echo "make lock              resolve requirements/*.txt again"
+	echo "make images            both container images (docker, podman or buildah)"
+	echo "make clean             remove what the others made"
+
+$(READY): requirements/dev.txt pyproject.toml
+	command -v $(PYTHON) >/dev/null || { echo "make: error: no $(PYTHON) on PATH; hint: make PYTHON=/path/to/python3.13" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); hint: make PYTHON=python3.13" >&2; exit 1; }
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: error: $(PYTHON) lacks venv or pip; hint: Debian and Ubuntu have them in python3-venv" >&2; exit 1; }
+	echo "venv: $(VENV), $$($(PYTHON) -V), requirements/dev.txt"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.locked-*
+	touch $@
+
+lint: $(READY)
+	echo "lint: ruff"
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	echo "lint: mypy"
+	$(BIN)/mypy --no-error-summary
+	echo "lint: import contracts"
+	$(BIN)/lint-imports --no-cache >build/imports.txt 2>&1 || { cat build/imports.txt; exit 1; }
+	echo "lint: spelling"
+	$(BIN)/codespell
+	echo "lint: Dockerfile"
+	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile  # no wheel but for x86_64 Linux
+
+# The parts are named here so that their builds, minutes at first, are seen; the tests would make them silently.
+test: $(READY)
+	echo "test: parts"
+	$(BIN)/python -m tests.parts opa helm >/dev/null
+	echo "test: pytest"
+	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire" --ignore tests/e2e --cov --cov-report term:skip-covered
+
+e2e: $(READY)
+	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
+	echo "e2e: parts (20 minutes at first, on two cores)"
+	$(BIN)/python -m tests.parts >build/parts.txt
+	$(BIN)/python -m tests.parts $$(cat build/parts.txt) >/dev/null
+	echo "e2e: pytest"
+	$(BIN)/python -m pytest --quiet -m "e2e or real_spire" tests
+
+test-all-pythons:
+	set -e; missing=; for version in 3.11 3.12 3.13; do \
+	  found=; for candidate in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python; do \
+	    if "$$candidate" -c 'import venv' 2>/dev/null; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then missing="$$missing $$version"; continue; fi; \
+	  echo "== Python $$version"; \
+	  $(MAKE) test PYTHON="$$found" VENV=".venv-$$version"; \
+	done; \
+	[ -z "$$missing" ] || echo "not run, no such interpreter here:$$missing"
+
+# Hashes for every platform and every supported Python, and no index host: each machine uses its own.
+COMPILE = build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	echo "lock: dev, sidecar, webhook"
+	$(COMPILE) --upgrade --extra sidecar --extra webhook --extra dev pyproject.toml >build/dev.txt
+	mv build/dev.txt requirements/dev.txt
+	for plane in sidecar webhook; do \
+	  $(COMPILE) --constraint requirements/dev.txt --extra $$plane --output-file build/$$plane.txt $(UNUSED) pyproject.toml >/dev/null \
+	  && mv build/$$plane.txt requirements/$$plane.txt || exit 1; \
+	done
+
+# Of the distribution `spiffe` one generated file is loaded (certs/messages.py); what its client needs stays out of the images.
+UNUSED = --no-emit-package grpcio --no-emit-package pem --no-emit-package pyasn1 --no-emit-package pyasn1-modules
+
+ENGINE ?= $(firstword $(shell command -v docker podman buildah))
+images:
+	test -n "$(ENGINE)" || { echo "make: error: no docker, podman or buildah on PATH; hint: apt install buildah" >&2; exit 1; }
+	$(ENGINE) build --target control-plane --tag sidegate:$(VERSION) .
+	$(ENGINE) build --target sidecar --tag sidegate-sidecar:$(VERSION) .
+
+clean:
+	rm -rf build dist *.egg-info .venv* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
