@@ -4,6 +4,7 @@ Written as environment by the webhook (`Settings.to_env`), read once by `sidecar
 What belongs to one workload and may change while it runs is not here but in the bundle (sidecar/core/profile.py).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -16,6 +17,9 @@ HEALTH_PORT: Final = 15020
 EGRESS_PORT: Final = 15001
 USER_ID: Final = 15100  # refused for application containers; what the redirect rules exempt
 PREFIX: Final = "SIDEGATE_"
+# Kubernetes' own variables for a Service whose name begins with `sidegate`: a tenant's Service must not stop a pod.
+_SERVICE_LINK: Final = re.compile(r"SIDEGATE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+_SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 class Capture(StrEnum):
@@ -104,9 +108,11 @@ class Settings:
         problems: list[str] = []
         known = {PREFIX + each.name.upper(): each for each in fields(cls)}
         for name in sorted(environment):
-            if not name.startswith(PREFIX):
+            if not name.startswith(PREFIX) or _SERVICE_URL.fullmatch(environment[name]):
                 continue
             if name not in known:
+                if _SERVICE_LINK.fullmatch(name):
+                    continue
                 problems.append(f"{name}: no such setting; known are {', '.join(sorted(known))}")
                 continue
             setting = known[name]

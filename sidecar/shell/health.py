@@ -18,14 +18,6 @@ from sidecar.errors import ConfigError
 PROBE_TIMEOUT_S: Final = 1.0  # the kubelet's own default
 
 
-class Probe(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """One recorded probe: exactly one of http_get and tcp_socket."""
-
-    http_get: "HttpGet | None" = None
-    tcp_socket: "TcpSocket | None" = None
-    timeout_seconds: float = PROBE_TIMEOUT_S
-
-
 class HttpHeader(msgspec.Struct, frozen=True, kw_only=True):
     """A header that the probe sends."""
 
@@ -34,24 +26,28 @@ class HttpHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HttpGet(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What the kubelet would have asked."""
+    """What the kubelet would have asked; its port, which can be a name, was resolved at admission."""
 
-    port: int
     path: str = "/"
     scheme: str = "HTTP"
     http_headers: tuple[HttpHeader, ...] = ()
 
 
-class TcpSocket(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the kubelet would have connected."""
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """One recorded probe: an HTTP request, or else a connection."""
 
     port: int
+    timeout_s: float = PROBE_TIMEOUT_S
+    http_get: HttpGet | None = msgspec.field(default=None, name="httpGet")
 
 
-def decode_probes(text: str) -> Mapping[str, Probe]:
-    """Return the recorded probes by `<container>/<kind>`; raises ConfigError."""
+Probes = Mapping[str, Mapping[str, Probe]]  # container -> kind of probe -> probe
+
+
+def decode_probes(text: str) -> Probes:
+    """Return the recorded probes; raises ConfigError."""
     try:
-        return msgspec.json.decode(text.encode(), type=dict[str, Probe])
+        return msgspec.json.decode(text.encode(), type=dict[str, dict[str, Probe]])
     except msgspec.DecodeError as error:
         raise ConfigError(f"SIDEGATE_PROBES: {error}") from error
 
@@ -63,7 +59,7 @@ class Health:
         self,
         *,
         upstream_host: str,
-        probes: Mapping[str, Probe],
+        probes: Probes,
         conditions: Callable[[], Mapping[str, str]],
         render_metrics: Callable[[], str],
     ) -> None:
@@ -102,12 +98,11 @@ class Health:
         return web.Response(text=self._render_metrics(), content_type="text/plain", charset="utf-8")
 
     async def _app_health(self, request: web.Request) -> web.Response:
-        name = f"{request.match_info['container']}/{request.match_info['kind']}"
-        probe = self._probes.get(name)
+        probe = self._probes.get(request.match_info["container"], {}).get(request.match_info["kind"])
         if probe is None:
-            return web.Response(status=404, text=f"no probe {name} was recorded\n")
+            return web.Response(status=404, text="no such probe was recorded\n")
         try:
-            async with asyncio.timeout(probe.timeout_seconds):
+            async with asyncio.timeout(probe.timeout_s):
                 status = await self._perform(probe)
         except (OSError, TimeoutError, aiohttp.ClientError) as error:
             return web.Response(status=503, text=f"{type(error).__name__}: {error}\n")
@@ -115,14 +110,12 @@ class Health:
 
     async def _perform(self, probe: Probe) -> int:
         """Return the HTTP status with which the application's answer is told."""
-        if probe.tcp_socket is not None:
-            _, writer = await asyncio.open_connection(self._upstream_host, probe.tcp_socket.port)
+        if probe.http_get is None:
+            _, writer = await asyncio.open_connection(self._upstream_host, probe.port)
             writer.close()
             return 200
-        if probe.http_get is None:
-            return 500
         get = probe.http_get
-        url = f"{get.scheme.lower()}://{self._upstream_host}:{get.port}{get.path}"
+        url = f"{get.scheme.lower()}://{self._upstream_host}:{probe.port}{get.path}"
         # As the kubelet: no verification, no kept connection, a redirect is a success.
         connector = aiohttp.TCPConnector(force_close=True, ssl=False)
         headers = [(header.name, header.value) for header in get.http_headers]
