@@ -150,7 +150,7 @@ def _add_file(archive: tarfile.TarFile, name: str, stream: IO[bytes], size: int)
 
 def pause() -> Image:
     """What holds a pod's namespaces: it has only to sleep."""
-    return image("localhost/pause:1", {"pause": part("busybox-root") / "bin/busybox"}, entrypoint=("/pause", "sleep", "2147483647"))
+    return image("localhost/pause:1", {"busybox": part("busybox-root") / "bin/busybox"}, entrypoint=("/busybox", "sleep", "2147483647"))
 
 
 def base() -> Image:
