@@ -145,7 +145,7 @@ def _pack(files: Mapping[str, bytes]) -> bytes:
         tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for name in sorted(files):
-            member = tarfile.TarInfo(name)
+            member = tarfile.TarInfo("/" + name)  # as OPA writes them
             member.size, member.mode = len(files[name]), 0o644
             archive.addfile(member, io.BytesIO(files[name]))
     return packed.getvalue()

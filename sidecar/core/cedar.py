@@ -1,8 +1,8 @@
 """Decides by Cedar: makes entities and context of the document that Rego sees; any error in evaluating is a denial.
 
 Cedar skips a policy that fails, so a forbid on a missing attribute would permit; hence the rule. Refuses values that
-Cedar has not (null, fractions, integers beyond 64 bits) and members that its JSON form takes for something else, so that
-nothing of a caller's arguments becomes an entity. Source: Cedar policy language guide, JSON formats.
+Cedar has not (null, fractions, integers beyond 64 bits) and members that its JSON form takes for something else: no part
+of a caller's arguments becomes an entity. Source: Cedar policy language guide, JSON formats.
 
 principal  User::"<issuer>#<id>", without a user Workload::"<SPIFFE ID>", without either Anonymous::"anonymous";
            in Role:: and Group::; attributes id, issuer, email, role, roles, groups, or those of `input.workload`

@@ -12,8 +12,8 @@ from sidecar.errors import BundleError
 def engines(bundle: Bundle, *, compiled: str | None = None) -> tuple[Engine, ...]:
     """Return the engines of *bundle*: all must allow; none when it holds no policies, and then nothing is allowed.
 
-    *compiled* is a file that `sidecar.core.rego.compile` made of this bundle's policy.wasm on this machine, in a process
-    that has ended since; without it the compiler's 20 MB stay in this one. Raises BundleError.
+    *compiled* is a file that `sidecar.core.rego.compile` made of this bundle's policy.wasm on this machine, in a child
+    that has ended; without it the compiler's 20 MB stay in this process. Raises BundleError.
     """
     policies = bundle.profile.policies
     try:

@@ -1,0 +1,269 @@
+"""Makes the files of one bundle from policies and a profile, and works out what those policies can read.
+
+Refuses policies that no engine would load. Compiles no Rego itself: OPA does (webhook/shell/opa.py), with the built-in
+functions below, so that a rule which the sidecar could not run is refused where it is written. What a policy reads is
+proven on its syntax tree, where `input` (Rego) and `context` (Cedar) stand by name; `opa deps` misses values of `with`.
+"""
+
+import bisect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import cedarpy
+import msgspec
+
+from sidecar.core import profile as profiles
+from sidecar.core.builtins import IMPURE, PURE
+from sidecar.core.bundle import ALLOW, DATA, PROFILE, REASONS, SCHEMA, WASM
+from sidecar.core.projection import pointer
+from webhook.errors import BadPolicy
+
+# What OPA 1.22 compiles into policy.wasm itself (its internal/compiler/wasm, builtinsFunctions), by families.
+_NATIVE: Final = """
+    eq assign equal neq gt gte lt lte plus minus mul div rem abs round ceil floor numbers.range to_number
+    bits.and bits.lsh bits.negate bits.or bits.rsh bits.xor and or set_diff union intersection
+    is_array is_boolean is_null is_number is_object is_set is_string type_name count sum product max min sort all any
+    array.concat array.flatten array.reverse array.slice internal.member_2 internal.member_3 internal.template_string
+    object.filter object.get object.keys object.remove object.union object.union_n
+    json.filter json.remove json.marshal json.unmarshal json.is_valid walk graph.reachable
+    base64.decode base64.encode base64.is_valid base64url.decode base64url.encode
+    concat contains endswith startswith format_int indexof lower upper replace split strings.replace_n strings.reverse
+    substring trim trim_left trim_prefix trim_right trim_space trim_suffix
+    glob.match re_match regex.match regex.is_valid regex.find_all_string_submatch_n
+    net.cidr_contains net.cidr_intersects net.cidr_overlap
+    print internal.print internal.test_case
+    """
+NATIVE: Final = frozenset(_NATIVE.split())
+# Cedar's entities are made of these whatever the policies say (sidecar/core/cedar.py).
+CEDAR_ENTITIES: Final = tuple(
+    pointer(path.split("."))
+    for path in (
+        *(f"user.{name}" for name in ("id", "issuer", "email", "role", "roles", "groups")),
+        *("workload", "server", "method", "tool.name", "prompt.name", "resource"),
+    )
+)
+_TOKEN: Final = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|\w+|&&|\|\||::|[=!<>]=|\S')
+# `context.<member>` of Cedar is found here in the document.
+CEDAR_CONTEXT: Final = {
+    "args": ("tool.args", "prompt.args"),
+    "claims": ("user.claims",),
+    "workload": ("workload",),
+    "agent": ("agent",),
+    "request": ("request",),
+    "method": ("method",),
+}
+VOLATILE: Final = ("/request/time", "/request/trace_id")  # never twice the same: nothing to remember
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policies:
+    """Policies for one workload: file name without directory -> text."""
+
+    cedar: Mapping[str, str] = field(default_factory=dict)
+    rego: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    schema: str | None = None  # of Cedar; None: policies are parsed, not validated
+
+    def rego_files(self) -> dict[str, bytes]:
+        """Return what OPA reads, by path in the bundle."""
+        files = {f"policy/{name}": text.encode() for name, text in self.rego.items()}
+        if self.rego and self.data:
+            files[DATA] = json.dumps(self.data, sort_keys=True).encode()
+        return files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What the compilers found: *reads* are JSON pointers into `input`, None when nothing is proven."""
+
+    reads: frozenset[str] | None
+    is_pure: bool = True
+    wasm: bytes | None = None
+
+
+def capabilities(current: bytes) -> bytes:
+    """Return OPA's own capabilities (`opa capabilities --current`) less what the sidecar cannot run."""
+    document = json.loads(current)
+    allowed = NATIVE | PURE.keys() | IMPURE
+    document["builtins"] = [each for each in document["builtins"] if each["name"] in allowed]
+    document["allow_net"] = []  # a policy fetches nothing
+    return json.dumps(document).encode()
+
+
+def files(policies: Policies, profile: profiles.Profile, compiled: Sequence[Compiled]) -> dict[str, bytes]:
+    """Return the files of the bundle, in order; the profile in it says what the engines may leave out."""
+    parts = [each.reads for each in compiled]
+    reads = None if any(part is None for part in parts) else frozenset().union(*(part for part in parts if part))
+    is_pure = all(each.is_pure for each in compiled) and reads is not None and not _overlap(reads, VOLATILE)
+    announced = profiles.Policies(
+        cedar=bool(policies.cedar),
+        rego=bool(policies.rego),
+        reads=None if reads is None else tuple(sorted(reads)),
+        pure=is_pure,
+    )
+    made = policies.rego_files()
+    made |= {f"cedar/{name}": text.encode() for name, text in policies.cedar.items()}
+    if policies.cedar and policies.schema is not None:
+        made[SCHEMA] = policies.schema.encode()
+    for each in compiled:
+        if each.wasm is not None:
+            made[WASM] = each.wasm
+    made[PROFILE] = profiles.encode(msgspec.structs.replace(profile, policies=announced))
+    return dict(sorted(made.items()))
+
+
+def _overlap(reads: Iterable[str], paths: Iterable[str]) -> bool:
+    return any(
+        f"{path}/".startswith(f"{read}/") or f"{read}/".startswith(f"{path}/") for read in reads for path in paths
+    )
+
+
+# --- Rego ---
+
+
+def entrypoints(modules: Iterable[Any]) -> tuple[str, ...]:
+    """Return the entrypoints that *modules* (syntax trees of `opa parse`) can be compiled for."""
+    reasons = any(
+        _constant(module["package"]["path"][1:]) == ("mcp", "authz")
+        and any(rule["head"]["ref"][0]["value"] == "reasons" for rule in module.get("rules") or ())
+        for module in modules
+    )
+    return (ALLOW, REASONS) if reasons else (ALLOW,)
+
+
+def rego_reads(modules: Iterable[Any]) -> frozenset[str]:
+    """Return every path below `input` that *modules* mention; a bare `input` is "", the whole document."""
+    paths = (_constant(ref[1:]) for module in modules for ref in _refs(module) if ref[0].get("value") == "input")
+    return frozenset(pointer(path) for path in paths)
+
+
+def is_pure(modules: Iterable[Any]) -> bool:
+    """Return whether none of *modules* mentions an impure built-in function."""
+    named = {".".join([str(ref[0].get("value")), *_constant(ref[1:])]) for module in modules for ref in _refs(module)}
+    return not named & IMPURE
+
+
+def _refs(node: Any) -> Iterator[list[Any]]:
+    """Yield each reference in a syntax tree as its list of terms; a variable alone is a reference of one term."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _refs(child)
+    elif isinstance(node, dict):
+        kind, value = node.get("type"), node.get("value")
+        if kind == "ref" and isinstance(value, list):
+            yield value
+            yield from _refs(value[1:])
+        elif kind == "var":
+            yield [node]
+        else:
+            yield from _refs(list(node.values()))
+
+
+def _constant(terms: Iterable[Any]) -> tuple[str, ...]:
+    """Return the leading member names of *terms*, up to the first that is not a constant string."""
+    names: list[str] = []
+    for term in terms:
+        if term.get("type") != "string":
+            break
+        names.append(str(term["value"]))
+    return tuple(names)
+
+
+def opa_error(output: bytes) -> BadPolicy:
+    """Return the first error in *output* of `opa … --format json`, and how many more there are."""
+    try:
+        errors = json.loads(output)["errors"]
+        first = errors[0]
+        message = str(first["message"]) + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+        location = first.get("location") or {}
+        name = str(location.get("file", "rego")).removeprefix("policy/")
+        return BadPolicy(name, message, line=int(location.get("row", 0)), column=int(location.get("col", 0)))
+    except (ValueError, LookupError, TypeError):
+        lines = output.decode(errors="replace").strip().splitlines() or ["opa failed without a word"]
+        return BadPolicy("rego", lines[0].removeprefix("error: ")[:512])
+
+
+# --- Cedar ---
+
+
+def cedar(policies: Mapping[str, str], schema: str | None = None) -> Compiled:
+    """Return what *policies*, file name -> text, read; raises BadPolicy for what does not parse or validate.
+
+    The parser is native code that can be made to crash (deep nesting): run this in a child (webhook/shell/cedar.py).
+    """
+    reads: set[str] = set(CEDAR_ENTITIES)
+    is_proven = True
+    for name, text in policies.items():
+        try:
+            parsed = json.loads(cedarpy.policies_to_json_str(text))
+        except ValueError as error:
+            raise BadPolicy(name, str(error), **_place(text, str(error))) from error
+        if parsed["templates"]:
+            raise BadPolicy(name, "a template (?principal, ?resource) is linked to nobody and decides nothing")
+        if schema is not None:
+            _validate(name, text, schema)
+        for path in _context_paths(parsed["staticPolicies"]):
+            if path and path[0] in CEDAR_CONTEXT:
+                reads |= {pointer((*base.split("."), *path[1:])) for base in CEDAR_CONTEXT[path[0]]}
+            else:
+                is_proven = is_proven and bool(path)  # a member that is not there reads nothing; context itself, all
+    return Compiled(reads=frozenset(reads) if is_proven else None)
+
+
+def _validate(name: str, text: str, schema: str) -> None:
+    try:
+        result = cedarpy.validate_policies(text, schema)
+    except ValueError as error:
+        raise BadPolicy("schema.cedarschema", str(error)) from error
+    if not result.validation_passed:
+        raise BadPolicy(name, "; ".join(error.error for error in result.errors))
+
+
+def _context_paths(node: Any) -> Iterator[tuple[str, ...]]:
+    """Yield the member names behind each `context` in Cedar's JSON form of policies."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _context_paths(child)
+    elif isinstance(node, dict):
+        path = _path(node)
+        if path is not None:
+            yield path
+        else:
+            yield from _context_paths(list(node.values()))
+
+
+def _path(node: Any) -> tuple[str, ...] | None:
+    """Return the member names when *node* is `context`, or a member of it, or asks whether it has one."""
+    match node:
+        case {"Var": "context"}:
+            return ()
+        case {".": {"left": left, "attr": str(name)}} | {"has": {"left": left, "attr": str(name)}}:
+            path = _path(left)
+            return None if path is None else (*path, name)
+        case _:
+            return None
+
+
+def _place(text: str, message: str) -> dict[str, int]:
+    """Return line and column of what Cedar's *message* is about: the parser names neither.
+
+    A text cut before the offending token fails for its sudden end, one cut behind it for the token; the parser may look
+    one token or, for a name, the rest of the policy further, so the last one that the message quotes is taken.
+    """
+    tokens = list(_TOKEN.finditer(text))
+    number = bisect.bisect_left(tokens, True, key=lambda token: not _ends_early(text[: token.end()]))
+    quoted = {*re.findall(r"`([^`]+)`", message), message.rpartition(" ")[2]}
+    start = tokens[number].start() if number < len(tokens) else len(text)
+    start = next((token.start() for token in reversed(tokens[: number + 1]) if token[0] in quoted), start)
+    return {"line": text.count("\n", 0, start) + 1, "column": start - text.rfind("\n", 0, start)}
+
+
+def _ends_early(text: str) -> bool:
+    try:
+        cedarpy.PolicySet.from_str(text)
+    except ValueError as error:
+        return "unexpected end" in str(error)
+    return True

@@ -1,0 +1,116 @@
+"""Runs the real `opa` on Rego: check, test, compile to policy.wasm. Decides nothing; its errors come back as BadPolicy.
+
+Each run sees a directory of its own, no network that it would use and no environment, and ends at its deadline.
+Source: OPA documentation, "CLI", version 1.22.
+"""
+
+import asyncio
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidecar.core import profile as profiles
+from sidecar.core.bundle import WASM
+from webhook.core import compile as compiler
+from webhook.errors import BadPolicy
+from webhook.shell import cedar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opa:
+    """The opa program at *path*; *deadline_s* bounds each of its runs."""
+
+    path: Path
+    deadline_s: float = 10.0
+
+    async def compile(self, policies: compiler.Policies) -> compiler.Compiled:
+        """Return policy.wasm and what it reads; raises BadPolicy with file, line and column."""
+        with tempfile.TemporaryDirectory(prefix="sidegate-opa-") as name:
+            directory = Path(name)
+            await self._write(directory, policies)
+            await self._run(directory, "check", "--strict", "--format=json", *_LIMITED, *_inputs(directory))
+            modules = [
+                json.loads(await self._run(directory, "parse", "--format=json", path)) for path in _rego(directory)
+            ]
+            entrypoints = [f"--entrypoint={each}" for each in compiler.entrypoints(modules)]
+            built = "bundle.tar.gz"
+            await self._run(
+                directory, "build", "--target=wasm", *entrypoints, *_LIMITED, f"--output={built}", *_inputs(directory)
+            )
+            wasm = await asyncio.to_thread(_extract, directory / built)
+        return compiler.Compiled(reads=compiler.rego_reads(modules), is_pure=compiler.is_pure(modules), wasm=wasm)
+
+    async def test(self, policies: compiler.Policies, tests: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Return one record per rule `test_…` in *tests* (file name -> text), as `opa test --format json` has it."""
+        with tempfile.TemporaryDirectory(prefix="sidegate-opa-") as name:
+            directory = Path(name)
+            await self._write(directory, policies)
+            for file, text in tests.items():
+                (directory / "policy" / file).write_text(text)
+            output = await self._run(directory, "test", "--format=json", *_LIMITED, *_inputs(directory), accept=(0, 2))
+        results: list[dict[str, Any]] = json.loads(output) or []
+        return results
+
+    async def _write(self, directory: Path, policies: compiler.Policies) -> None:
+        (directory / "policy").mkdir()
+        for name, content in policies.rego_files().items():
+            (directory / name).write_bytes(content)
+        current = await self._run(directory, "capabilities", "--current")
+        (directory / "capabilities.json").write_bytes(compiler.capabilities(current))
+
+    async def _run(self, directory: Path, *arguments: str, accept: tuple[int, ...] = (0,)) -> bytes:
+        process = await asyncio.create_subprocess_exec(
+            self.path,
+            *arguments,
+            cwd=directory,
+            env={},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                output, errors = await process.communicate()
+        except TimeoutError:
+            raise BadPolicy("rego", f"opa {arguments[0]} took longer than {self.deadline_s:g} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode not in accept:
+            raise compiler.opa_error(errors or output)
+        return output
+
+
+async def files(policies: compiler.Policies, profile: profiles.Profile, opa: Opa) -> dict[str, bytes]:
+    """Return the files of the bundle that holds *policies* and *profile*; raises BadPolicy."""
+    compiled: list[compiler.Compiled] = []
+    if policies.rego:
+        compiled.append(await opa.compile(policies))
+    if policies.cedar:
+        compiled.append(await cedar.compile(policies))
+    return compiler.files(policies, profile, compiled)
+
+
+_LIMITED = ("--capabilities=capabilities.json",)
+
+
+def _rego(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in (directory / "policy").iterdir())
+
+
+def _inputs(directory: Path) -> list[str]:
+    return ["policy", *(["data.json"] if (directory / "data.json").exists() else [])]
+
+
+def _extract(bundle: Path) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(bundle.read_bytes()), mode="r:gz") as archive:
+        member = archive.extractfile(f"/{WASM}")
+        if member is None:
+            raise BadPolicy("rego", f"opa built no {WASM}")
+        return member.read()
