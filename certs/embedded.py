@@ -95,6 +95,7 @@ class _Stream(Protocol):
 
     async def recv_message(self) -> Any: ...
     async def send_message(self, message: Any) -> None: ...
+    async def cancel(self) -> None: ...
 
 
 class EmbeddedWorkloadApi:
@@ -120,6 +121,7 @@ class EmbeddedWorkloadApi:
         self._federated = tuple(federated)
         self._rotation_s = rotation_s
         self._denied = False
+        self._stopping = False
         self._changed = asyncio.Event()  # of the present state; replaced at each change
         self._response = self._issue()
 
@@ -137,6 +139,7 @@ class EmbeddedWorkloadApi:
                 await asyncio.sleep(self._rotation_s)
                 self.rotate()
         finally:
+            self._stopping = True
             server.close()
             self._socket.unlink(missing_ok=True)
 
@@ -176,7 +179,13 @@ class EmbeddedWorkloadApi:
         while not self._denied:
             changed = self._changed
             await stream.send_message(self._response)
-            await changed.wait()
+            try:
+                await changed.wait()
+            except asyncio.CancelledError:
+                # Either the caller is gone, or we stop: then it must hear of it, as from a process that ends.
+                if self._stopping:
+                    await stream.cancel()
+                raise
         raise GRPCError(Status.PERMISSION_DENIED, "no identity issued")
 
     def __mapping__(self) -> dict[str, Handler]:

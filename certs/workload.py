@@ -169,12 +169,14 @@ class X509Source:
         """Keep the snapshot current until cancelled. Belongs into the process's TaskGroup."""
         try:
             while True:
-                reason = await self._follow_stream()
-                waits = self._denied if reason in _ANSWERED_NO else self._lost
+                # Each stream in a task of its own: grpclib reports a lost stream by cancelling whoever waits on it,
+                # and a cancellation of ours in the same moment would be lost with it.
+                async with asyncio.TaskGroup() as tasks:
+                    stream = tasks.create_task(self._follow_stream(), name="workload-api-stream")
+                waits = self._denied if stream.result() in _ANSWERED_NO else self._lost
                 await asyncio.sleep(waits.next_s())
         finally:
-            if self._expiry is not None:
-                self._expiry.cancel()
+            self._unwatch_expiry()
 
     async def _follow_stream(self) -> WorkloadReason:
         """Take in what one stream brings until it ends. Returns why it ended."""
@@ -236,7 +238,7 @@ class X509Source:
                 return
             self._snapshot, self._digest = snapshot, digest
             self._ready.set()
-            self._watch_expiry()
+            self._watch_expiry(snapshot)
         self._trouble = None
         self._lost.reset()
         self._denied.reset()
@@ -262,21 +264,23 @@ class X509Source:
         if trouble.reason is WorkloadReason.NO_IDENTITY and self._snapshot is not None:
             self._snapshot, self._digest = None, b""
             self._ready.clear()
+            self._unwatch_expiry()
             self._publish(None)
 
-    def _watch_expiry(self) -> None:
-        """Tell subscribers when the SVID in use ends, unless a newer one comes first."""
+    def _unwatch_expiry(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        if self._snapshot is None:
-            return
-        remaining_s = self._remaining_s(self._snapshot)
+
+    def _watch_expiry(self, snapshot: X509Snapshot) -> None:
+        """Tell subscribers when the SVID of *snapshot* ends, unless it is replaced or withdrawn first."""
+        self._unwatch_expiry()
+        remaining_s = self._remaining_s(snapshot)
         if remaining_s < 0:
             self._ready.clear()
             self._publish(None)
         else:
             # The wall clock may step: look again at least every minute.
-            self._expiry = asyncio.get_running_loop().call_later(min(remaining_s + 0.001, 60), self._watch_expiry)
+            self._expiry = asyncio.get_running_loop().call_later(min(remaining_s + 0.001, 60), self._watch_expiry, snapshot)
 
     def _publish(self, snapshot: X509Snapshot | None) -> None:
         for subscriber in self._subscribers:
