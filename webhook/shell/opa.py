@@ -21,11 +21,11 @@ from webhook.errors import BadPolicy
 from webhook.shell import cedar
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Opa:
     """The opa program at *path*; *deadline_s* bounds each of its runs."""
 
-    path: Path
+    path: Path | str
     deadline_s: float = 10.0
 
     async def compile(self, policies: compiler.Policies) -> compiler.Compiled:
