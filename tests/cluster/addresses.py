@@ -1,4 +1,4 @@
-"""Names and addresses of the one-node cluster. They are the same in every cluster: each has network and mount namespaces of its own."""
+"""Names and addresses of the one-node cluster, the same in every cluster: each has a network namespace of its own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Makes and removes the cgroup that holds everything of one cluster; its name is all that two clusters on a machine must not share.
+"""Makes and removes the cgroup that holds all of one cluster; its name is all that two clusters must not share.
 
-Handles cgroup v1 with its separate hierarchies, which is what the suite has run on. The pure cgroup v2 branch follows the kernel's
-documentation (admin-guide/cgroup-v2, "No Internal Process Constraint") and has not been run yet.
+Handles cgroup v1 with its separate hierarchies, which is what the suite has run on. The pure cgroup v2 branch follows
+the kernel's documentation (admin-guide/cgroup-v2, "No Internal Process Constraint") and has not been run yet.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def create(name: str) -> None:
 
 
 def remove(name: str, *, timeout_s: float = 10) -> None:
-    """Remove the cgroup, deepest first; the kernel may hold a dead process' cgroup for a moment. Raises TimeoutError."""
+    """Remove the cgroup, deepest first; the kernel may hold a dead process' one for a moment. Raises TimeoutError."""
     deadline_s = time.monotonic() + timeout_s
     while left := [path for hierarchy in _hierarchies() if (path := hierarchy / name).exists()]:
         for top in left:

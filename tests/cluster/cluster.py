@@ -1,7 +1,8 @@
-"""A real one-node Kubernetes cluster for one test session: kubelet, containerd, NetworkPolicy and DNS, in namespaces of its own.
+"""A real one-node Kubernetes cluster for one test session: kubelet, containerd, NetworkPolicy and DNS, in a sandbox.
 
-Refuses, with one line that says what is missing, a machine where this cannot run (not Linux, not root, no unshare). Several clusters can run
-side by side: they share nothing but the kernel, and a cgroup named after the run directory is the only thing made outside the sandbox.
+Refuses, with one line that says what is missing, a machine where this cannot run (not Linux, not root, no unshare).
+Several clusters can run side by side: they share nothing but the kernel, and a cgroup named after the run directory is
+the only thing made outside the sandbox.
 Source: the Kubernetes components' reference pages; unshare(1), nsenter(1).
 """
 
@@ -17,14 +18,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tests.cluster import cgroups, images, pki
 from tests.cluster.node import NodePlan
 from tests.parts import ENVIRONMENT, part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType, TracebackType
 
 MANIFESTS = Path(__file__).parent / "manifests"
 _REPOSITORY = Path(__file__).parents[2]
@@ -72,7 +75,9 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End every process of the cluster and remove what it made, the logs excepted."""
         self._stop()
 
@@ -89,10 +94,25 @@ class Cluster:
         cgroups.create(self._cgroup)
         namespaces = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
         # Should this process die without a word, the kernel ends the sandbox with it.
-        command = ("setpriv", "--pdeathsig", "KILL", *namespaces, sys.executable, "-m", "tests.cluster.node", self.run_dir)
+        command = (
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            *namespaces,
+            sys.executable,
+            "-m",
+            "tests.cluster.node",
+            self.run_dir,
+        )
         with (self.logs_dir / "init").open("wb") as log:
             self._sandbox = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=_REPOSITORY, env=self._environment(), start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=_REPOSITORY,
+                env=self._environment(),
+                start_new_session=True,
             )
         deadline_s = time.monotonic() + _START_S
         children = Path(f"/proc/{self._sandbox.pid}/task/{self._sandbox.pid}/children")
@@ -115,11 +135,14 @@ class Cluster:
     def _stop(self) -> None:
         if self._sandbox is not None:
             if self._sandbox.poll() is None:
-                # Process 1 of the sandbox: the kernel ends everything in it, and unshare returns when the last one is gone.
+                # Process 1 of the sandbox: the kernel ends all the others, and unshare returns after the last.
                 os.kill(self._init_pid or self._sandbox.pid, signal.SIGKILL)
             self._sandbox.wait(timeout=60)
         cgroups.remove(self._cgroup)
-        shutil.rmtree(self.run_dir / "root", ignore_errors=True)
+        for path in self.run_dir.iterdir():
+            if path == self.logs_dir:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
 
@@ -132,7 +155,9 @@ class Cluster:
 
     def command(self, *arguments: str | Path) -> list[str]:
         """An argument list for subprocess that runs a program of this machine inside the node's namespaces."""
-        environment = [f"{name}={value}" for name, value in self._environment().items() if name in {"PATH", "HOME", "KUBECONFIG"}]
+        environment = [
+            f"{name}={value}" for name, value in self._environment().items() if name in {"PATH", "HOME", "KUBECONFIG"}
+        ]
         enter = ["nsenter", "--target", str(self._init_pid), "--mount", "--pid", "--net", "--uts", f"--wd={Path.cwd()}"]
         return [*enter, "env", *environment, *map(str, arguments)]
 
@@ -163,12 +188,20 @@ class Cluster:
         texts = [manifest if isinstance(manifest, str) else json.dumps(manifest) for manifest in manifests]
         return self.kubectl("apply", "--filename=-", input="\n---\n".join(texts))
 
+    def make_namespace(self, name: str, **labels: str) -> None:
+        """A namespace in which pods can be created at once."""
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        # Pods are refused until the controller manager has made the service account.
+        self.wait_until(
+            f"{name} has its service account", lambda: bool(self.get("--namespace", name, "serviceaccount", "default"))
+        )
+
     def load_image(self, image: images.Image) -> None:
         """Make an image known to the node, under its reference; pods use it with pull policy IfNotPresent or Never."""
         self.exec("ctr", "--namespace", "k8s.io", "images", "import", "--local", image.archive)
 
     def wait_until(self, claim: str, check: Callable[[], bool], *, timeout_s: float = 60, every_s: float = 0.2) -> None:
-        """Ask again and again until *check* says yes; a failing command counts as no. Raises TimeoutError with the claim."""
+        """Ask until *check* says yes; a failing command counts as no. Raises TimeoutError with the claim."""
         deadline_s = time.monotonic() + timeout_s
         reason = ""
         while True:
@@ -182,7 +215,7 @@ class Cluster:
             time.sleep(every_s)
 
     def dump(self, directory: Path) -> None:
-        """Write what a failed test's reader needs: objects, events, and the logs of every container. Best effort: parts may be broken."""
+        """Write what a failed test's reader needs: objects, events, the logs of every container. Skips what fails."""
         directory.mkdir(parents=True, exist_ok=True)
         questions: Sequence[tuple[str, tuple[str, ...]]] = (
             ("pods.txt", ("get", "pods", "--all-namespaces", "--output=wide")),
@@ -209,8 +242,12 @@ def _check_machine() -> None:
         raise ClusterError("the end-to-end cluster needs root: it makes namespaces, mounts and cgroups")
     if missing := [tool for tool in _HOST_TOOLS if shutil.which(tool) is None]:
         raise ClusterError(f"the end-to-end cluster needs these programs on PATH: {', '.join(missing)}")
-    if subprocess.run(("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "true"), capture_output=True, check=False).returncode:
-        raise ClusterError("the end-to-end cluster needs unshare(2), which this machine refuses (a container without privileges?)")
+    if subprocess.run(
+        ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "true"), capture_output=True, check=False
+    ).returncode:
+        raise ClusterError(
+            "the end-to-end cluster needs unshare(2), which this machine refuses (a container without privileges?)"
+        )
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
-"""Makes container images without a registry or an engine: layers from files and Debian packages, or a Dockerfile by way of buildah.
+"""Makes container images without a registry or an engine: from files and Debian packages, or by buildah.
 
-An archive is an OCI layout in a tar, importable by containerd and by buildah, kept in the cache under a key of its contents.
-Source: OCI image specification 1.1, image-layout; containerd reads the full reference from the annotation io.containerd.image.name.
+An archive is an OCI layout in a tar, importable by containerd and by buildah, kept in the cache under a key of its
+contents. Source: OCI image specification 1.1, image-layout; containerd reads the full reference from the annotation
+io.containerd.image.name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import TypeAlias
 
 from tests.parts import PipPackages, cache_dir, made, part, run
 
@@ -29,8 +30,9 @@ class Link:
 
 
 Layer: TypeAlias = Mapping[str, "Path | bytes | Link"]
-"""Where in the image: a file or a whole directory of this machine, a file's content, a link. Everything belongs to root."""
+"""Where in the image: a file or directory of this machine, a file's content, a link. Everything belongs to root."""
 
+_Stream: TypeAlias = "io.BytesIO | io.BufferedRandom"
 _MEDIA_TYPE = "application/vnd.oci.image."
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CA_FILE = "etc/ssl/certs/ca-certificates.crt"
@@ -54,7 +56,9 @@ def image(
 ) -> Image:
     """The image made of *layers*, later ones over earlier ones."""
     config = {"Env": [_PATH, *environment], "Entrypoint": list(entrypoint) or None, "User": user}
-    key = hashlib.sha256(json.dumps([reference, config, [_fingerprint(layer) for layer in layers]]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        json.dumps([reference, config, [_fingerprint(layer) for layer in layers]]).encode()
+    ).hexdigest()[:12]
     name = reference.rpartition("/")[2].replace(":", "-")
     archive = cache_dir() / "images" / f"{name}-{key}.tar"
     if not archive.exists():
@@ -83,7 +87,7 @@ def _source_fingerprint(source: Path | bytes | Link) -> str:
 def _write_archive(path: Path, reference: str, config: Mapping[str, object], layers: Sequence[Layer]) -> Path:
     with contextlib.ExitStack() as stack, tarfile.open(path, "w") as archive:
 
-        def add(stream: IO[bytes], kind: str) -> dict[str, object]:
+        def add(stream: _Stream, kind: str) -> dict[str, object]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
@@ -98,7 +102,12 @@ def _write_archive(path: Path, reference: str, config: Mapping[str, object], lay
             "rootfs": {"type": "layers", "diff_ids": [blob["digest"] for blob in blobs]},
         }
         config_blob = add(io.BytesIO(json.dumps(described).encode()), "config.v1+json")
-        manifest = {"schemaVersion": 2, "mediaType": f"{_MEDIA_TYPE}manifest.v1+json", "config": config_blob, "layers": blobs}
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": f"{_MEDIA_TYPE}manifest.v1+json",
+            "config": config_blob,
+            "layers": blobs,
+        }
         entry = add(io.BytesIO(json.dumps(manifest).encode()), "manifest.v1+json")
         entry["platform"] = {"architecture": "amd64", "os": "linux"}
         entry["annotations"] = {
@@ -114,7 +123,7 @@ def _write_archive(path: Path, reference: str, config: Mapping[str, object], lay
     return path
 
 
-def _layer_tar(layer: Layer, scratch: Path) -> IO[bytes]:
+def _layer_tar(layer: Layer, scratch: Path) -> _Stream:
     """An open, rewound tar of the layer, without times and owners so that its digest depends on the files alone."""
     stream = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - the caller closes it
 
@@ -142,7 +151,7 @@ def _layer_tar(layer: Layer, scratch: Path) -> IO[bytes]:
     return stream
 
 
-def _add_file(archive: tarfile.TarFile, name: str, stream: IO[bytes], size: int) -> None:
+def _add_file(archive: tarfile.TarFile, name: str, stream: _Stream, size: int) -> None:
     info = tarfile.TarInfo(name)
     info.size = size
     archive.addfile(info, stream)
@@ -150,7 +159,11 @@ def _add_file(archive: tarfile.TarFile, name: str, stream: IO[bytes], size: int)
 
 def pause() -> Image:
     """What holds a pod's namespaces: it has only to sleep."""
-    return image("localhost/pause:1", {"busybox": part("busybox-root") / "bin/busybox"}, entrypoint=("/busybox", "sleep", "2147483647"))
+    return image(
+        "localhost/pause:1",
+        {"busybox": part("busybox-root") / "bin/busybox"},
+        entrypoint=("/busybox", "sleep", "2147483647"),
+    )
 
 
 def base() -> Image:
@@ -181,18 +194,20 @@ def opa() -> Image:
 
 
 def python(reference: str = "localhost/python:3.11", *requirements: str, layers: Sequence[Layer] = ()) -> Image:
-    """Python 3.11 with pip, nft and iptables (build argument PYTHON_IMAGE), plus *requirements* from PyPI and *layers*."""
+    """Python 3.11 with pip, nft and iptables (build argument PYTHON_IMAGE), *requirements* from PyPI and *layers*."""
     root = part("python-root")
     pip = made(PipPackages(requirements=(_PIP,)), "pip")
     own: dict[str, Path | bytes | Link] = {
         **_machine_files(root),
-        "usr/lib/python3.11/.wh.EXTERNALLY-MANAGED": b"",  # a whiteout: this Python belongs to the image, not to Debian's tools
+        "usr/lib/python3.11/.wh.EXTERNALLY-MANAGED": b"",  # a whiteout: pip may install here
         "usr/lib/python3/dist-packages": pip,
         "usr/local/bin/pip": b'#!/bin/sh\nexec /usr/bin/python3 -m pip "$@"\n',
         "usr/local/bin/python": Link("/usr/bin/python3"),
     }
     if requirements:
-        own["opt/packages"] = made(PipPackages(requirements=requirements), reference.rpartition("/")[2].partition(":")[0])
+        own["opt/packages"] = made(
+            PipPackages(requirements=requirements), reference.rpartition("/")[2].partition(":")[0]
+        )
     return image(reference, {"": root}, own, *layers, environment=("PYTHONPATH=/opt/packages",) if requirements else ())
 
 
@@ -212,13 +227,21 @@ def kubernetes_mcp_server() -> Image:
 def _base_layers() -> tuple[Layer, ...]:
     root = part("busybox-root")
     applets = run(root / "bin/busybox", "--list").split()
-    return ({f"bin/{applet}": Link("busybox") for applet in applets if applet != "busybox"}, {"": root}, _machine_files(root))
+    return (
+        {f"bin/{applet}": Link("busybox") for applet in applets if applet != "busybox"},
+        {"": root},
+        _machine_files(root),
+    )
 
 
 def _machine_files(root: Path) -> Layer:
     """What Debian's installation scripts would have made in *root*."""
     names = [f"{family}{verb}" for family in ("iptables", "ip6tables") for verb in ("", "-save", "-restore")]
-    links = {f"usr/sbin/{name}": Link("xtables-nft-multi") for name in names if (root / "usr/sbin/xtables-nft-multi").exists()}
+    links = {
+        f"usr/sbin/{name}": Link("xtables-nft-multi")
+        for name in names
+        if (root / "usr/sbin/xtables-nft-multi").exists()
+    }
     authorities = sorted((root / "usr/share/ca-certificates").rglob("*.crt"))
     return {
         **links,
@@ -229,7 +252,9 @@ def _machine_files(root: Path) -> Layer:
     }
 
 
-def build(dockerfile: Path, context: Path, *, tag: str, target: str = "", arguments: Mapping[str, str | Image] | None = None) -> Image:
+def build(
+    dockerfile: Path, context: Path, *, tag: str, target: str = "", arguments: Mapping[str, str | Image] | None = None
+) -> Image:
     """The image of a Dockerfile's *target*; an argument that is an Image names a local base for a FROM line.
 
     RUN steps reach PyPI with this machine's pip settings, which are mounted while building and are not in the image.
@@ -266,7 +291,7 @@ def build(dockerfile: Path, context: Path, *, tag: str, target: str = "", argume
 
 
 def _pip_settings(scratch: Path) -> dict[str, Path]:
-    """What to mount where, so that pip inside a build finds the same index, and trusts the same authorities, as pip here."""
+    """What to mount where, so that pip in a build finds the same index and trusts the same authorities as pip here."""
     mounts = {}
     lines = ["[global]"]
     for line in run(sys.executable, "-m", "pip", "config", "list").splitlines():

@@ -1,8 +1,8 @@
-"""Process 1 of the sandbox: private mounts and network, then the daemons of one Kubernetes node, each once what it needs has answered.
+"""Process 1 of the sandbox: private mounts and network, then the daemons of a node, each once what it needs answers.
 
-Started by `cluster.py` inside fresh mount, network, UTS and PID namespaces as `python -m tests.cluster.node RUN_DIR`. Writes RUN_DIR/ready
-when pods can be scheduled, or RUN_DIR/failed with the reason. Killing this process ends every daemon and pod; its mounts, links and rules go
-with the namespaces.
+Started by `cluster.py` inside fresh mount, network, UTS and PID namespaces as `python -m tests.cluster.node RUN_DIR`.
+Writes RUN_DIR/ready when pods can be scheduled, or RUN_DIR/failed with the reason. Killing this process ends every
+daemon and pod; its mounts, links and rules go with the namespaces.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.cluster import cgroups
 from tests.cluster.addresses import DNS_IP, GATEWAY_IP, NODE_IP, NODE_NAME, POD_CIDR, SERVICE_CIDR
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Global settings of the kernel that kubelet checks: it gets files of its own to read instead of changing the machine's.
 _SYSCTL_STAND_INS = {
@@ -81,15 +84,28 @@ class Node:
         self._daemon("kube-controller-manager", *_controller_manager_arguments(self.pki))
         scheduler = self.pki / "scheduler.conf"
         authorisation = (f"--authentication-kubeconfig={scheduler}", f"--authorization-kubeconfig={scheduler}")
-        self._daemon("kube-scheduler", "kube-scheduler", f"--kubeconfig={scheduler}", *authorisation, "--leader-elect=false")
-        kubelet = (f"--config={self.run_dir}/kubelet.json", f"--kubeconfig={self.pki}/kubelet.conf", f"--node-ip={NODE_IP}")
+        self._daemon(
+            "kube-scheduler", "kube-scheduler", f"--kubeconfig={scheduler}", *authorisation, "--leader-elect=false"
+        )
+        kubelet = (
+            f"--config={self.run_dir}/kubelet.json",
+            f"--kubeconfig={self.pki}/kubelet.conf",
+            f"--node-ip={NODE_IP}",
+        )
         self._daemon("kubelet", "kubelet", *kubelet, f"--hostname-override={NODE_NAME}")
-        self._daemon("kube-proxy", "kube-proxy", f"--config={self.run_dir}/proxy.json", f"--hostname-override={NODE_NAME}")
+        self._daemon(
+            "kube-proxy", "kube-proxy", f"--config={self.run_dir}/proxy.json", f"--hostname-override={NODE_NAME}"
+        )
         ready = ("kubectl", "wait", "--for=condition=Ready", f"node/{NODE_NAME}", "--timeout=1s")
         self._until("the node is Ready", lambda: _succeeds(*ready))
         self._daemon("kube-router", *_kube_router_arguments(self.pki))  # exits when its Node object does not exist yet
         self._until("NetworkPolicy is enforced", lambda: "KUBE-ROUTER-FORWARD" in _output("iptables-save"))
-        account = ("kubectl", "get", "serviceaccount", "default")  # pods are refused before the controller manager made it
+        account = (
+            "kubectl",
+            "get",
+            "serviceaccount",
+            "default",
+        )  # pods are refused before the controller manager made it
         self._until("service account default exists", lambda: _succeeds(*account))
 
     def watch(self) -> None:
@@ -115,7 +131,7 @@ class Node:
         self._run("hostname", NODE_NAME)
         for command in (
             "link set lo up",
-            "link add node0 type veth peer name node0-peer",  # the kernel may lack dummy devices; a veth pair does as well
+            "link add node0 type veth peer name node0-peer",  # a kernel may lack dummy devices
             "link set node0-peer up",
             f"address add {NODE_IP}/24 dev node0",
             "link set node0 up",
@@ -258,8 +274,19 @@ def _kube_router_arguments(pki: Path) -> list[str]:
 
 def _cni_network() -> dict[str, object]:
     addresses = {"type": "host-local", "ranges": [[{"subnet": POD_CIDR}]], "dataDir": "/var/lib/cni"}
-    bridge = {"type": "bridge", "bridge": "cni0", "isDefaultGateway": True, "hairpinMode": True, "ipMasq": False, "ipam": addresses}
-    return {"cniVersion": "1.0.0", "name": "test", "plugins": [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]}
+    bridge = {
+        "type": "bridge",
+        "bridge": "cni0",
+        "isDefaultGateway": True,
+        "hairpinMode": True,
+        "ipMasq": False,
+        "ipam": addresses,
+    }
+    return {
+        "cniVersion": "1.0.0",
+        "name": "test",
+        "plugins": [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}],
+    }
 
 
 def _containerd_toml(plan: NodePlan, cni_conf_dir: Path) -> str:

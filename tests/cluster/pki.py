@@ -1,13 +1,13 @@
-"""Makes the cluster's certificates: one CA, a leaf for each component with the names Kubernetes expects, a kubeconfig for each client.
+"""Makes the cluster's certificates: one CA, a leaf for each component, a kubeconfig for each client.
 
 Source: Kubernetes, "PKI certificates and requirements". Valid for a day: a cluster here lives for minutes.
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import ipaddress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -16,6 +16,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.cluster.addresses import API_SERVICE_IP, NODE_IP, NODE_NAME
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_CA = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-cluster-ca")])
 _CLIENTS = {  # file name: (user, group)
     "admin": ("admin", "system:masters"),
     "apiserver-kubelet": ("apiserver-kubelet", "system:masters"),
@@ -25,7 +29,13 @@ _CLIENTS = {  # file name: (user, group)
     "kubelet": (f"system:node:{NODE_NAME}", "system:nodes"),
     "front-proxy": ("front-proxy", None),
 }
-_API_NAMES = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost")
+_API_NAMES = (
+    "kubernetes",
+    "kubernetes.default",
+    "kubernetes.default.svc",
+    "kubernetes.default.svc.cluster.local",
+    "localhost",
+)
 _SERVERS = {  # file name: subject alternative names
     "apiserver": (*_API_NAMES, "127.0.0.1", API_SERVICE_IP, NODE_IP),
     "kubelet-server": (NODE_NAME, NODE_IP),
@@ -33,21 +43,21 @@ _SERVERS = {  # file name: subject alternative names
 
 
 def write(directory: Path) -> None:
-    """Fill *directory* with NAME.crt, NAME.key and, for clients, NAME.conf; `sa.key` and `sa.pub` sign service-account tokens."""
+    """Fill *directory* with NAME.crt, NAME.key, NAME.conf of clients, and sa.key, sa.pub for service-account tokens."""
     directory.mkdir(parents=True)
     ca_key = _write_key(directory / "ca.key")
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-cluster-ca")])
-    ca = _builder(ca_name, ca_name, ca_key).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    (directory / "ca.crt").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    ca = _builder(_CA, ca_key).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    _write(ca, ca_key, directory / "ca.crt")
     for name, (user, group) in _CLIENTS.items():
-        _write_leaf(directory, name, user, group, (), ca_name, ca_key)
+        leaf = _leaf(_write_key(directory / f"{name}.key"), user, group, ())
+        _write(leaf, ca_key, directory / f"{name}.crt")
         (directory / f"{name}.conf").write_text(_kubeconfig(directory, name))
     for name, names in _SERVERS.items():
-        _write_leaf(directory, name, f"kube-{name}", None, names, ca_name, ca_key)
+        leaf = _leaf(_write_key(directory / f"{name}.key"), f"kube-{name}", None, names)
+        _write(leaf, ca_key, directory / f"{name}.crt")
     account_key = _write_key(directory / "sa.key").public_key()
-    (directory / "sa.pub").write_bytes(
-        account_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    (directory / "sa.pub").write_bytes(account_key.public_bytes(serialization.Encoding.PEM, form))
 
 
 def _write_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -58,34 +68,30 @@ def _write_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+def _builder(subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC)
     return (
-        x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key.public_key())
+        x509.CertificateBuilder(subject_name=subject, issuer_name=_CA, public_key=key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - dt.timedelta(minutes=5))
+        .not_valid_after(now + dt.timedelta(days=1))
     )
 
 
-def _write_leaf(
-    directory: Path,
-    name: str,
-    user: str,
-    group: str | None,
-    alternatives: tuple[str, ...],
-    ca_name: x509.Name,
-    ca_key: ec.EllipticCurvePrivateKey,
-) -> None:
-    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, user)]
-    if group:
-        attributes.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, group))
-    key = _write_key(directory / f"{name}.key")
-    usages = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
-    leaf = _builder(x509.Name(attributes), ca_name, key).add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-    if alternatives:
-        leaf = leaf.add_extension(x509.SubjectAlternativeName([_general_name(text) for text in alternatives]), critical=False)
-    (directory / f"{name}.crt").write_bytes(leaf.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+def _leaf(
+    key: ec.EllipticCurvePrivateKey, user: str, group: str | None, names: tuple[str, ...]
+) -> x509.CertificateBuilder:
+    groups = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group)] if group else []
+    subject = x509.Name([*groups, x509.NameAttribute(NameOID.COMMON_NAME, user)])
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
+    leaf = _builder(subject, key).add_extension(usage, critical=False)
+    if not names:
+        return leaf
+    return leaf.add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
+
+
+def _write(builder: x509.CertificateBuilder, ca_key: ec.EllipticCurvePrivateKey, path: Path) -> None:
+    path.write_bytes(builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
 def _general_name(text: str) -> x509.GeneralName:

@@ -1,4 +1,4 @@
-"""SPIRE in the test cluster: server, controller manager, agent and CSI driver, with SVIDs short enough for a test to see them rotate.
+"""SPIRE in the test cluster: server, controller manager, agent, CSI driver; SVIDs so short that tests see them rotate.
 
 State lies on the node: a server or agent that was stopped and started again is the same one, with the same keys.
 Source: SPIRE 1.13 configuration reference; spire-controller-manager's CRD reference.
@@ -43,7 +43,9 @@ class Spire:
         self.cluster.apply(self._manifest("spire-server"))
         self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "deployment/spire-server", "--timeout=90s")
         # An agent that starts without the bundle backs off for half a minute.
-        self.cluster.kubectl(*_NAMESPACE, "wait", r"--for=jsonpath={.data.bundle\.crt}", "configmap/spire-bundle", "--timeout=60s")
+        self.cluster.kubectl(
+            *_NAMESPACE, "wait", r"--for=jsonpath={.data.bundle\.crt}", "configmap/spire-bundle", "--timeout=60s"
+        )
         self.cluster.apply(self._manifest("spire-agent"))
         for name in ("spire-agent", "spiffe-csi-driver"):
             self.cluster.kubectl(*_NAMESPACE, "rollout", "status", f"daemonset/{name}", "--timeout=90s")
