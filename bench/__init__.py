@@ -1,0 +1,1 @@
+"""What enforcement costs, beside proxies that enforce nothing: `python -m bench` (docs/explanation/performance.md)."""

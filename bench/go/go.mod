@@ -1,0 +1,3 @@
+module sidegate.dev/bench
+
+go 1.26
