@@ -44,7 +44,7 @@ lint: $(READY)
 	echo "lint: mypy"
 	$(BIN)/mypy --no-error-summary
 	echo "lint: import contracts"
-	$(BIN)/lint-imports --no-cache >build/imports.txt 2>&1 || { cat build/imports.txt; exit 1; }
+	said=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$said"; exit 1; }
 	echo "lint: spelling"
 	$(BIN)/codespell
 	echo "lint: Dockerfile"
@@ -60,8 +60,7 @@ test: $(READY)
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
 	echo "e2e: parts (20 minutes at first, on two cores)"
-	$(BIN)/python -m tests.parts >build/parts.txt
-	$(BIN)/python -m tests.parts $$(cat build/parts.txt) >/dev/null
+	$(BIN)/python -m tests.parts $$($(BIN)/python -m tests.parts) >/dev/null
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire" tests
 
@@ -79,6 +78,8 @@ test-all-pythons:
 # Hashes for every platform and every supported Python, and no index host: each machine uses its own.
 COMPILE = build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 lock:
+	mkdir -p build
+	touch requirements/dev.txt
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
 	echo "lock: dev, sidecar, webhook"

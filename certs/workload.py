@@ -280,7 +280,9 @@ class X509Source:
             self._publish(None)
         else:
             # The wall clock may step: look again at least every minute.
-            self._expiry = asyncio.get_running_loop().call_later(min(remaining_s + 0.001, 60), self._watch_expiry, snapshot)
+            self._expiry = asyncio.get_running_loop().call_later(
+                min(remaining_s + 0.001, 60), self._watch_expiry, snapshot
+            )
 
     def _publish(self, snapshot: X509Snapshot | None) -> None:
         for subscriber in self._subscribers:

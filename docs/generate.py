@@ -39,16 +39,23 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _settings(title: str, module: Any) -> str:
     rows = [
-        (f"`{module.PREFIX}{field.name.upper()}`", f"`{field.default}`" if field.default != "" else "", field.metadata["meaning"])
+        (
+            f"`{module.PREFIX}{field.name.upper()}`",
+            f"`{field.default}`" if field.default != "" else "",
+            field.metadata["meaning"],
+        )
         for field in dataclasses.fields(module.Settings)
     ]
-    text = "Read once from the environment; an unknown or unusable one stops the process with a message that names it.\n"
+    text = (
+        "Read once from the environment; an unknown or unusable one stops the process with a message that names it.\n"
+    )
     return f"{NOTE}# {title}\n\n{text}\n{_table(('variable', 'default', 'meaning'), rows)}"
 
 
 def _annotations() -> str:
     rows = [
-        (f"`{annotations.GROUP}/{each.name}`", f"`{each.example}`", each.default, each.meaning) for each in annotations.TABLE
+        (f"`{annotations.GROUP}/{each.name}`", f"`{each.example}`", each.default, each.meaning)
+        for each in annotations.TABLE
     ]
     text = "On a pod's template. An unknown `sidegate.dev/` annotation, or a value that its line does not allow, is refused.\n"
     return f"{NOTE}# Annotations\n\n{text}\n{_table(('annotation', 'example', 'default', 'meaning'), rows)}"

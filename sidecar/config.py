@@ -19,7 +19,7 @@ USER_ID: Final = 15100  # refused for application containers; what the redirect 
 PREFIX: Final = "SIDEGATE_"
 # Kubernetes' own variables for a Service whose name begins with `sidegate`: a tenant's Service must not stop a pod.
 _SERVICE_LINK: Final = re.compile(r"SIDEGATE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
-_SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")
+_SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")  # what a link named like one of our ports holds
 
 
 class Capture(StrEnum):
@@ -108,7 +108,9 @@ class Settings:
         problems: list[str] = []
         known = {PREFIX + each.name.upper(): each for each in fields(cls)}
         for name in sorted(environment):
-            if not name.startswith(PREFIX) or _SERVICE_URL.fullmatch(environment[name]):
+            if not name.startswith(PREFIX):
+                continue
+            if name.endswith("_PORT") and _SERVICE_URL.fullmatch(environment[name]):
                 continue
             if name not in known:
                 if _SERVICE_LINK.fullmatch(name):

@@ -57,3 +57,7 @@ class ConfigError(Exception):
 
 class BundleError(Exception):
     """A policy bundle was refused; the message names the file or field, and the last good bundle stays."""
+
+
+class NetError(Exception):
+    """The redirect rules could not be loaded, or are not in force; the pod must not start."""

@@ -10,7 +10,7 @@ from sidecar.core.authorise import Agent, Permit
 from sidecar.core.connection import Connection
 from sidecar.core.identity import Principal
 from sidecar.core.limits import Admission
-from sidecar.core.message import Message
+from sidecar.core.message import Message, RequestId
 from sidecar.core.profile import Profile
 from sidecar.errors import Refusal
 
@@ -47,3 +47,10 @@ class Exchange:
     tool_failed: bool = False
     hidden: int = 0  # list items that the principal may not see
     aborted: str | None = None  # why the answer did not reach its end: client gone, upstream cut, drained
+
+    @property
+    def request_id(self) -> RequestId | None:
+        """Return the id of the JSON-RPC request, which may be known of a message that could not be read further."""
+        if self.message is not None:
+            return self.message.id
+        return None if self.refusal is None else self.refusal.id

@@ -1,4 +1,4 @@
-"""The path of a call: Connection -> Principal -> Message -> Permit -> Admission, and nothing reaches the server without.
+"""The path of a call: Connection -> Principal -> Message -> Permit -> Admission; nothing reaches the server without.
 
 Each stage returns the next type or raises Refusal. One immutable Snapshot serves a whole request. GET and DELETE are
 messages like any other, so there is no way around the stages. The way back is sidecar/core/answer.py.
@@ -109,16 +109,18 @@ def _agent(exchange: Exchange, message: Message, memory: Memory) -> Agent:
     assert principal is not None  # noqa: S101 - for the type checker: the stage before set it
     stamped = connection.header(AGENT_SESSION)
     session_id = connection.header(SESSION)
+    exchange.session_id = session_id
+    session = None if session_id is None else memory.sessions.require(session_id, principal)
     if message.method == "initialize":
         info = message.params.get("clientInfo")
         client = info if isinstance(info, dict) else {}
         return Agent(
-            session=_label(stamped), client_name=_label(client.get("name")), client_version=_label(client.get("version"))
+            session=_label(stamped),
+            client_name=_label(client.get("name")),
+            client_version=_label(client.get("version")),
         )
-    if session_id is None:
+    if session is None:
         return Agent(session=_label(stamped))
-    exchange.session_id = session_id
-    session = memory.sessions.require(session_id, principal)
     return replace(session.agent, session=_label(stamped) or session.agent.session or session_id)
 
 
@@ -134,5 +136,5 @@ def remember(exchange: Exchange, status: int, session_id: str | None, memory: Me
     if message.method == "initialize" and session_id is not None and status < 300:
         memory.sessions.open(session_id, principal, exchange.agent)
         exchange.session_id = session_id
-    elif exchange.session_id is not None and (message.shape is Shape.CLOSE_SESSION and status < 300 or status == 404):
+    elif exchange.session_id is not None and (status == 404 or (message.shape is Shape.CLOSE_SESSION and status < 300)):
         memory.sessions.close(exchange.session_id)

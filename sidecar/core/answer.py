@@ -38,6 +38,7 @@ class Answer:
         self._held = bytearray()
         self._splitter = Splitter()
         self._hash = hashlib.sha256()
+        self._is_result = False  # what comes as it comes is the answering message
         self.mode = Mode.AS_IT_COMES
         self.result: bytes | None = None  # the message that answers the request, if it was small enough to keep
         self.result_bytes = 0
@@ -50,19 +51,31 @@ class Answer:
         """Return the hash of the answering message in hexadecimal; None when there was none."""
         return self._hash.hexdigest() if self.result_bytes else None
 
-    def begin(self, headers: Headers) -> None:
-        """Look at the response's *headers*; raises Refusal(UPSTREAM) when its body could not be judged."""
-        fields = dict(headers)
-        kind = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if kind in (b"application/json", b"text/event-stream"):
-            if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+    def begin(self, status: int, headers: Headers) -> bytes:
+        """Look at the response's *status* and *headers*; raises Refusal(UPSTREAM) when its body could not be judged.
+
+        Nothing goes to the client yet. No client reads a list from an error status, and what stands there is often no
+        JSON-RPC at all, so it passes.
+        """
+        if status >= 400:
+            return b""
+        # As lax as the laxest client, which looks for these names anywhere in the value.
+        kinds = b",".join(value.lower() for name, value in headers if name == b"content-type")
+        is_json, is_stream = b"application/json" in kinds, b"text/event-stream" in kinds
+        if is_json and is_stream:
+            raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="two content types")
+        if is_json or is_stream:
+            if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers):
                 raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="encoded though not asked")
-            self.mode = Mode.WHOLE if kind == b"application/json" else Mode.EVENTS
+            self.mode = Mode.WHOLE if is_json else Mode.EVENTS
+        return b""
 
     def feed(self, piece: bytes) -> bytes:
         """Return what may go to the client now that *piece* has come; raises Refusal(UPSTREAM)."""
         match self.mode:
             case Mode.AS_IT_COMES:
+                if self._is_result:
+                    self._count(piece)
                 return piece
             case Mode.EVENTS:
                 return self._events(piece)
@@ -75,7 +88,8 @@ class Answer:
                 self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
                 held = bytes(self._held)
                 self._held.clear()
-                self.result_bytes = len(held)
+                self._is_result = True
+                self._count(held)
                 return held
 
     def end(self) -> bytes:
@@ -107,11 +121,15 @@ class Answer:
         seen = review(data, self._permit, self._engines)
         self.hidden += seen.hidden
         if seen.answers and self._permit.question.message.shape is Shape.REQUEST:
-            self.result_bytes = len(seen.data)
-            self._hash.update(seen.data)
+            self.result_bytes, self._hash = 0, hashlib.sha256()
+            self._count(seen.data)
             self.result = seen.data if len(seen.data) <= MAX_KEPT_BYTES else None
             self.error_code, self.tool_failed = seen.error_code, seen.tool_failed
         return seen.data
+
+    def _count(self, piece: bytes) -> None:
+        self.result_bytes += len(piece)
+        self._hash.update(piece)
 
 
 def _unreadable(error: BadStream) -> Refusal:

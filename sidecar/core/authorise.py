@@ -1,7 +1,7 @@
 """Decides whether a principal may send a message: every engine present must allow, and one must be present.
 
 Refuses on an engine's error, on an undefined result and on anything else but a clean allow. Only this module makes a
-Permit (tests/architecture). The document both engines see is versioned; its fields are the contract with policy authors.
+Permit (tests/architecture). The document that both engines see is versioned: its fields are the contract with authors.
 """
 
 from collections.abc import Mapping, Sequence

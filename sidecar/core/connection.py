@@ -32,7 +32,18 @@ HOP_BY_HOP: Final = frozenset(
 )
 # The token's audience is this server's sidecar, not the server (MCP authorization: no token passthrough); the origin
 # was judged here; identity and encoding headers are this side's to write.
-CONSUMED: Final = frozenset({b"authorization", b"origin", b"accept-encoding", b"cookie", b"forwarded", b"x-forwarded-for"})
+CONSUMED: Final = frozenset(
+    {
+        b"authorization",
+        b"origin",
+        b"accept-encoding",
+        b"cookie",
+        b"forwarded",
+        b"traceparent",  # ours names our span as the parent
+        b"x-forwarded-for",
+        b"x-forwarded-client-cert",
+    }
+)
 RESERVED_PREFIX: Final = b"sidegate-"  # headers of ours; from a caller they are forgeries
 
 
@@ -60,23 +71,28 @@ class Connection:
 
 
 def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Return those of *headers* that the upstream may see, in order and byte for byte."""
-    nominated = {
-        option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
-    }
-    dropped = HOP_BY_HOP | CONSUMED | nominated
+    """Return those of *headers* that the upstream may see, in order and byte for byte.
+
+    A name with an underscore is dropped, as nginx does: CGI-like servers read it as its sister with a dash, which was
+    judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged.
+    """
+    dropped = HOP_BY_HOP | CONSUMED | {name for name in _nominated(headers) if not name.startswith(b"mcp-")}
     return [
-        (name, value) for name, value in headers if name not in dropped and not name.startswith(RESERVED_PREFIX)
+        (name, value)
+        for name, value in headers
+        if name not in dropped and b"_" not in name and not name.startswith(RESERVED_PREFIX)
     ]
 
 
 def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Return those of the upstream's *headers* that the caller may see."""
-    nominated = {
-        option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")
-    }
-    dropped = HOP_BY_HOP | nominated
+    dropped = HOP_BY_HOP | _nominated(headers)
     return [(name, value) for name, value in headers if name not in dropped]
+
+
+def _nominated(headers: Headers) -> set[bytes]:
+    """Return the names that a Connection field makes hop-by-hop."""
+    return {option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")}
 
 
 def check_origin(connection: Connection, hosts: frozenset[str]) -> None:

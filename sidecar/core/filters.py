@@ -1,7 +1,8 @@
 """Decides what of the server's messages the principal may see: lists lose the items that the principal may not use.
 
 Refuses a message that it cannot read. Every member and item that stays is kept as the very bytes that came, in order;
-a filtered list is marked private to its reader (MCP 2026-07-28, caching), or a shared cache would show it to others.
+what was judged for one reader is marked private to them, hidden items or not (MCP 2026-07-28, caching), or a shared
+cache would show it to others.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,9 @@ class Seen:
     tool_failed: bool = False  # result.isError
 
 
-class _Error(msgspec.Struct):
-    code: int | None = None
-
-
 class _Result(msgspec.Struct, rename="camel"):
-    is_error: bool = False
+    is_error: Any = False
+    cache_scope: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     tools: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     prompts: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     resources: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -42,7 +40,7 @@ class _Envelope(msgspec.Struct):
     id: str | int | float | None = None
     method: str | None = None
     result: _Result | None = None
-    error: _Error | None = None
+    error: Any = None  # an OAuth error has a string here
 
 
 class _Item(msgspec.Struct, rename="camel"):
@@ -50,6 +48,8 @@ class _Item(msgspec.Struct, rename="camel"):
     uri: str = ""
     uri_template: str = ""
 
+
+PRIVATE: Final = msgspec.Raw(b'"private"')
 
 _envelope: Final = msgspec.json.Decoder(_Envelope)
 _members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -65,7 +65,7 @@ def review(data: bytes, permit: Permit, engines: Sequence[Engine]) -> Seen:
     try:
         envelope = _envelope.decode(data)
         result = envelope.result
-        if result is None or not _lists(result):
+        if result is None or not _concerns(result):
             hidden = 0
         else:
             data, hidden = _filtered(data, permit, engines)
@@ -75,14 +75,20 @@ def review(data: bytes, permit: Permit, engines: Sequence[Engine]) -> Seen:
         data=data,
         hidden=hidden,
         answers=envelope.method is None and envelope.id == permit.question.message.id,
-        error_code=None if envelope.error is None else envelope.error.code,
-        tool_failed=result is not None and result.is_error,
+        error_code=_code(envelope.error),
+        tool_failed=result is not None and result.is_error is True,
     )
 
 
-def _lists(result: _Result) -> bool:
-    lists = (result.tools, result.prompts, result.resources, result.resource_templates)
-    return any(each is not msgspec.UNSET for each in lists)
+def _code(error: Any) -> int | None:
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and not isinstance(code, bool) else None
+
+
+def _concerns(result: _Result) -> bool:
+    """Say whether *result* holds anything that depends on who reads it."""
+    parts = (result.tools, result.prompts, result.resources, result.resource_templates, result.cache_scope)
+    return any(each is not msgspec.UNSET for each in parts)
 
 
 def _filtered(data: bytes, permit: Permit, engines: Sequence[Engine]) -> tuple[bytes, int]:
@@ -98,10 +104,11 @@ def _filtered(data: bytes, permit: Permit, engines: Sequence[Engine]) -> tuple[b
         kept = [bytes(item) for item, is_shown in zip(items, shown, strict=True) if is_shown]
         hidden += len(items) - len(kept)
         result[listing] = msgspec.Raw(b"[" + b",".join(kept) + b"]")
-    if not hidden:
+    is_shared = result.get("cacheScope", PRIVATE) != PRIVATE
+    if not hidden and not is_shared:
         return data, 0
-    if "cacheScope" in result:
-        result["cacheScope"] = msgspec.Raw(b'"private"')
+    if is_shared:
+        result["cacheScope"] = PRIVATE
     message["result"] = msgspec.Raw(msgspec.json.encode(result))
     return msgspec.json.encode(message), hidden
 

@@ -16,9 +16,11 @@ from sidecar.core.connection import Connection
 from sidecar.core.profile import ClaimPaths, Identity, Provider
 from sidecar.errors import Reason, Refusal
 
+TYPES: Final = frozenset({"jwt", "at+jwt", "application/at+jwt"})  # others are for other uses (RFC 8725, 3.11)
 MAX_TOKEN_CHARS: Final = 16 * 1024  # Entra ID's tokens with many groups reach 10 KB
 MAX_CACHED_TOKENS: Final = 4096  # about 2 MB; the least recently verified goes first
 MAX_CACHE_S: Final = 60  # a token verified this long ago is verified again
+MAX_TIME_S: Final = 2**53  # beyond it, floats skip seconds
 MAX_LIFETIME_S: Final = 24 * 3600  # an access token that outlives a day is a mistake or a theft
 
 
@@ -128,12 +130,12 @@ def _verify(token: str, trusted: Trust, now_s: float) -> User:
     try:
         header = jwt.get_unverified_header(token)
         issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
-    except jwt.PyJWTError as error:
+    except (jwt.PyJWTError, RecursionError) as error:  # PyJWT reads JSON of any depth
         raise _unproven(f"not a JWT: {error}") from error
     provider = next((each for each in trusted.identity.providers if each.issuer == issuer), None)
     if provider is None:
         raise _unproven("unknown issuer")
-    if header.get("typ", "JWT").lower() not in ("jwt", "at+jwt", "application/at+jwt"):  # an ID token's use is login
+    if str(header.get("typ", "JWT")).lower() not in TYPES:
         raise _unproven("typ is not that of an access token")
     algorithm, key = header.get("alg"), trusted.keys.get(provider.issuer, {}).get(str(header.get("kid")))
     if algorithm not in provider.algorithms:
@@ -160,8 +162,9 @@ def _verify(token: str, trusted: Trust, now_s: float) -> User:
 def _expiry(claims: Mapping[str, Any], provider: Provider, now_s: float) -> float:
     times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
     for name, value in times.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _unproven(f"{name} is not a number")
+        # `not <`, because NaN is less than nothing, and Python reads it in JSON.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_TIME_S:
+            raise _unproven(f"{name} is not a time")
     expires_at_s = float(times["exp"]) + provider.leeway_s
     if expires_at_s <= now_s:
         raise _unproven("expired")

@@ -1,7 +1,8 @@
 """Decides whether a permitted message is within its limits: token buckets, each for one combination of who and what.
 
 Only this module makes an Admission (tests/architecture), and it needs a Permit: what was refused by policy never
-drains a bucket. Law: in any t seconds a bucket grants at most burst + rate * t, whatever the clock does.
+drains a bucket. Law: in any t seconds a bucket grants at most burst + rate * t, whatever the clock does, as long as no
+more than MAX_BUCKETS others were used since it was.
 """
 
 import math
@@ -13,7 +14,7 @@ from sidecar.core.message import Tool
 from sidecar.core.profile import Limit
 from sidecar.errors import Reason, Refusal
 
-MAX_BUCKETS: Final = 10_000  # about 2 MB; a full one is forgotten first, then the one unused for longest
+MAX_BUCKETS: Final = 10_000  # about 2 MB; unused for longest goes first, as the likeliest to be full again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ features. Differences between real servers are why (docs/explanation/threat-mode
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sidecar.errors import Reason, Refusal
 
 MAX_DEPTH: Final = 64  # nesting levels; SDKs' own parsers stop between 100 and 1000, engines at about 120
 MAX_ID_CHARS: Final = 256  # a request id is echoed in every refusal; SDKs use counters and UUIDs
+MAX_ID: Final = 2**63 - 1  # what every JSON writer can echo; TypeScript's SDK stops at 2**53
 
 
 class Shape(StrEnum):
@@ -226,9 +228,11 @@ def _call(document: Mapping[str, Any], body: bytes) -> Message:
 def _id(document: Mapping[str, Any]) -> RequestId:
     value = document.get("id")
     # bool is an int in Python; a server may read true as 1, so it is no id.
-    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_ID_CHARS:
-        raise malformed(f"id must be a string or an integer of at most {MAX_ID_CHARS} characters")
-    return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_ID:
+        return value
+    if isinstance(value, str) and len(value) <= MAX_ID_CHARS:
+        return value
+    raise malformed(f"id must be a string of at most {MAX_ID_CHARS} characters or a 64-bit integer")
 
 
 def read_json(body: bytes) -> Any:
@@ -249,7 +253,7 @@ def read_json(body: bytes) -> Any:
 def _read_slowly(body: bytes) -> Any:
     try:
         text = body.decode()
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if _ESCAPED_SURROGATE.search(text):
             json.dumps(document, ensure_ascii=False).encode()  # raises on a lone surrogate
     except (ValueError, RecursionError) as error:
@@ -269,6 +273,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(_: str) -> None:
     raise malformed("NaN and Infinity are not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise malformed("a number is too large")  # Infinity in Python and JavaScript, an error in Go
+    return value
 
 
 def _depth(document: Any) -> int:

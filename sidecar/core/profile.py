@@ -68,7 +68,7 @@ class Limit(Record, frozen=True, kw_only=True):
     """A token bucket for each combination of `per`."""
 
     name: str
-    rate_per_s: Annotated[float, msgspec.Meta(gt=0)]
+    rate_per_s: Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
     burst: Annotated[int, msgspec.Meta(ge=1)]
     per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
     methods: tuple[str, ...] = ("tools/call",)

@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 import orjson
 
-from sidecar.core.message import RequestId
+from sidecar.core.message import Message, Shape
 from sidecar.errors import Reason, Refusal
 
 
@@ -24,12 +24,18 @@ class Response:
     body: bytes
 
 
-def answer(refusal: Refusal, request_id: RequestId | None) -> Response:
-    """Return the response to a request that was refused; *request_id* is None where there is none to answer."""
+def answer(refusal: Refusal, message: Message | None) -> Response:
+    """Return the response to *message*, which was refused; None: it could not be read."""
+    request_id = refusal.id if message is None else message.id
     status, code = _codes(refusal.reason)
     if request_id is None and status == 200:
-        # A refused notification: a 4xx would end a Python 1.x session, and nobody waits for a body.
-        return Response(status=202, headers=(), body=b"")
+        if message is None and refusal.reason is not Reason.UNKNOWN_METHOD:
+            status = 500  # what it was is not known, so somebody may be waiting
+        elif message is not None and message.shape in (Shape.OPEN_STREAM, Shape.CLOSE_SESSION):
+            status = 429 if refusal.reason is Reason.THROTTLED else 502  # plain HTTP: there is no id to answer
+        else:
+            # A refused notification: a 4xx would end a Python 1.x session, and nobody waits for a body.
+            return Response(status=202, headers=(), body=b"")
     data: dict[str, Any] = {"reason": refusal.reason}
     headers = [(b"content-type", b"application/json")]
     if refusal.retry_after_s is not None:
@@ -37,6 +43,8 @@ def answer(refusal: Refusal, request_id: RequestId | None) -> Response:
         headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
     if refusal.reason is Reason.UNAUTHENTICATED:
         headers.append((b"www-authenticate", b'Bearer error="invalid_token"'))
+    if refusal.reason is Reason.METHOD_NOT_ALLOWED:
+        headers.append((b"allow", b"POST, GET, DELETE"))  # RFC 9110, 15.5.6
     error: dict[str, Any] = {"jsonrpc": "2.0", "error": {"code": code, "message": refusal.public, "data": data}}
     if request_id is not None:  # left out, not null: TypeScript's SDK refuses a null id
         error["id"] = request_id

@@ -25,9 +25,10 @@ class Event:
     data: bytes | None
 
     def replaced(self, data: bytes) -> bytes:
-        """Return the event's bytes with *data* (one line) in place of its own; ids, retry and comments stay."""
+        """Return the event's bytes with *data* in place of its own; ids, retry and comments stay."""
         lines = [line for line in self.raw.replace(b"\r\n", b"\n").split(b"\n") if line and not _is_data(line)]
-        return b"\n".join([*lines, b"data: " + data, b"", b""])
+        lines += [b"data: " + line for line in data.split(b"\n")]
+        return b"\n".join([*lines, b"", b""])
 
 
 def _is_data(line: bytes) -> bool:
@@ -43,6 +44,7 @@ class Splitter:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Return the events that *chunk* completes, in order; raises BadStream."""
+        seen = max(0, len(self._pending) - 3)  # an end that began in the chunk before has at most 3 bytes there
         self._pending += chunk
         if not self._begun and self._pending:
             if self._pending.startswith(b"\xef"):
@@ -50,7 +52,7 @@ class Splitter:
             self._begun = True
         events: list[Event] = []
         start = 0
-        for end in _END.finditer(self._pending):
+        for end in _END.finditer(self._pending, seen):
             events.append(_event(bytes(self._pending[start : end.end()])))
             start = end.end()
         del self._pending[:start]
@@ -68,17 +70,19 @@ class Splitter:
 
 
 def _event(raw: bytes) -> Event:
-    text = raw.replace(b"\r\n", b"\n")
-    if b"\r" in text:
+    unified = raw.replace(b"\r\n", b"\n")
+    if b"\r" in unified:
         raise BadStream("a carriage return that ends no line")
     data: list[bytes] = []
     kind = b"message"
-    for line in text.split(b"\n"):
+    for line in unified.split(b"\n"):
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
             data.append(value)
         elif name == b"event":
             kind = value
-    is_message = bool(data) and kind in (b"message", b"")
-    return Event(raw=raw, data=b"\n".join(data) if is_message else None)
+    text = b"\n".join(data)
+    # Go's client trims the type. An event without data primes a client for resumption (MCP 2025-11-25).
+    is_message = kind.strip() in (b"message", b"") and bool(text.strip())
+    return Event(raw=raw, data=text if is_message else None)

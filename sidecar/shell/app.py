@@ -209,7 +209,7 @@ class App:
         for connection in tuple(self._serving.connections):
             connection.drain()
         deadline_s = began_s + self._settings.drain_s
-        while self._serving.connections and time.monotonic() < deadline_s:
+        while self._serving.connections and time.monotonic() < deadline_s:  # noqa: ASYNC110 - only at the end
             await asyncio.sleep(0.05)
         cut = len(self._serving.connections)
         for connection in tuple(self._serving.connections):

@@ -124,5 +124,3 @@ class Health:
             session.get(url, headers=headers, allow_redirects=False) as response,
         ):
             return 200 if 300 <= response.status < 400 else response.status
-
-

@@ -1,17 +1,21 @@
 """One inbound connection: HTTP/1.1 in, the pipeline, the response out. Nothing here decides who may do what.
 
 Refuses framing that two parsers could read differently, and bodies and heads beyond the caps. Parsing is llhttp's
-(httptools), in its strict mode; what llhttp accepts and we do not is listed at `_check`. RFC 9112.
+(httptools), in its strict mode; what llhttp accepts and we do not stands in `_check`. RFC 9112.
 """
 
 import asyncio
+import logging
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
 import httptools
 
 from certs.tls import peer_of
+from certs.verify import Peer
 from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Connection, Headers, returned_headers
 from sidecar.core.replies import Response, answer
@@ -20,13 +24,26 @@ from sidecar.exchange import Exchange
 from sidecar.shell.serving import Serving
 from sidecar.shell.upstream import Call
 
+log = logging.getLogger(__name__)
+
 MAX_HEAD_BYTES: Final = 64 * 1024  # tokens with many groups reach 10 KB; nginx and Node stop at 8 to 32 KiB
 MAX_HEADERS: Final = 128
-MAX_QUEUED: Final = 16  # pipelined requests waiting for their turn
-HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a request to its last (slow-loris)
-IDLE_TIMEOUT_S: Final = 300.0  # a handshake costs as much as 30 calls: keep connections
+MAX_QUEUED: Final = 16  # pipelined requests that came in one piece; reading stops while any waits
+REQUEST_TIMEOUT_S: Final = 30.0  # from the first byte of a request to its last (slow-loris)
+IDLE_TIMEOUT_S: Final = 300.0  # a handshake costs as much as 30 calls: keep connections; a stuck reader gets as long
+LINGER_S: Final = 5.0  # for a client that is still sending to see why it was refused
 WRITE_HIGH_BYTES: Final = 256 * 1024
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request that waits for its turn."""
+
+    connection: Connection
+    is_last: bool = True  # on its connection
+    takes_chunks: bool = False  # HTTP/1.0 does not know them
+    refusal: Refusal | None = None  # it could not be read, and this is its answer
 
 
 class Inbound(asyncio.Protocol):
@@ -37,10 +54,15 @@ class Inbound(asyncio.Protocol):
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._peer: Peer | None = None
         self._parser = httptools.HttpRequestParser(self)
-        self._queue: deque[Connection] = deque()
+        self._queue: deque[Request] = deque()
         self._turn: Turn | None = None
-        self._close_after = False
+        self._is_deaf = False  # no further request is read
+        self._is_unreadable = False  # because the last one was no request
+        self._is_receiving = False  # a request has begun and is not whole
+        self._is_stuck = False  # the client does not read
+        self._holds_reading = False
         self._timer: asyncio.TimerHandle | None = None
         self._reset()
 
@@ -48,8 +70,8 @@ class Inbound(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._in_body = False
         self._body = bytearray()
-        self._refused: Refusal | None = None
 
     # asyncio.Protocol
 
@@ -64,14 +86,22 @@ class Inbound(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse *data*; every complete request takes its turn."""
-        if self._close_after and self._turn is None:
+        if self._is_deaf:
             return
+        after_upgrade: bytes | None = None
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._reject(Refusal(Reason.MALFORMED, "an upgrade is not possible here"))
+        except httptools.HttpParserUpgrade as upgrade:
+            after_upgrade = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
-            self._reject(self._refused or Refusal(Reason.MALFORMED, "the HTTP request is malformed", detail=str(error)))
+            cause = error.__context__  # what a callback raised
+            malformed = Refusal(Reason.MALFORMED, "the HTTP request is malformed", detail=str(cause or error))
+            self._reject(cause if isinstance(cause, Refusal) else malformed)
+        if after_upgrade is not None:
+            self._go_on_without_upgrade(after_upgrade)
+        elif self._queue:
+            self._next()
+            self._hold_reading(hold=bool(self._queue))
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - the protocol's signature
         """Give up the call under way: the server sees the client's disconnect, as it would without us."""
@@ -79,28 +109,36 @@ class Inbound(asyncio.Protocol):
         self._cancel_timer()
         self._transport = None
         self._queue.clear()
-        if self._turn is not None:
-            self._turn.abandon("client closed the connection")
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.abandon("client closed the connection")
 
     def eof_received(self) -> None:
         """Close: a client that half-closes cannot be told from one that is gone."""
 
     def pause_writing(self) -> None:
         """Hold the server back: the client reads slower."""
-        if self._turn is not None and self._turn.call is not None:
-            self._turn.call.pause()
+        self._is_stuck = True
+        self._wait(IDLE_TIMEOUT_S)
+        if self._turn is not None:
+            self._turn.pause()
 
     def resume_writing(self) -> None:
-        """Let the server go on."""
-        if self._turn is not None and self._turn.call is not None:
-            self._turn.call.resume()
+        """Let the server go on, or the next request have its turn."""
+        self._is_stuck = False
+        if self._turn is not None:
+            self._cancel_timer()
+            self._turn.resume()
+        else:
+            self._next()
 
-    # httptools callbacks
+    # httptools callbacks; what they raise comes out of `feed_data`
 
     def on_message_begin(self) -> None:
         """Start the clock of this request."""
         self._reset()
-        self._wait(HEAD_TIMEOUT_S)
+        self._is_receiving = True
+        self._wait(REQUEST_TIMEOUT_S)
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the request target."""
@@ -108,96 +146,132 @@ class Inbound(asyncio.Protocol):
         self._grow(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header field."""
+        """Take a header field; trailer fields are dropped, they must not pass for headers (RFC 9110, 6.5.1)."""
         self._grow(len(name) + len(value))
-        self._headers.append((name.lower(), value))
+        if self._in_body:
+            return
+        self._headers.append((name.lower(), value.strip(b" \t")))  # llhttp leaves trailing white space
         if len(self._headers) > MAX_HEADERS:
-            self._stop(Refusal(Reason.TOO_LARGE, f"more than {MAX_HEADERS} header fields"))
+            raise Refusal(Reason.TOO_LARGE, f"more than {MAX_HEADERS} header fields")
 
     def on_headers_complete(self) -> None:
-        """Invite the body, if the client waits for that."""
-        for name, value in self._headers:
-            if name == b"expect" and value.lower() == b"100-continue" and self._turn is None:
-                self.write(CONTINUE)
+        """Judge the head's framing; invite the body, if the client waits for that."""
+        self._in_body = True
+        if self._parser.should_upgrade():
+            return
+        self._check()
+        if self._turn is None and (b"expect", b"100-continue") in self._headers and self._speaks_1_1:
+            self.write(CONTINUE)
 
     def on_body(self, piece: bytes) -> None:
         """Take a piece of the body."""
         self._body += piece
-        limit = self._serving.max_body_bytes
-        if len(self._body) > limit:
-            self._stop(Refusal(Reason.TOO_LARGE, f"the body is larger than {limit} bytes"))
+        self._limit_body(len(self._body))
 
     def on_message_complete(self) -> None:
-        """Queue the request, and serve it if it is its turn."""
+        """Queue the request."""
+        if self._parser.should_upgrade():
+            return
+        self._is_receiving = False
         if len(self._queue) >= MAX_QUEUED:
-            self._stop(Refusal(Reason.TOO_LARGE, f"more than {MAX_QUEUED} requests are waiting"))
-        if not self._parser.should_keep_alive():
-            self._close_after = True
-        self._queue.append(self._described())
-        self._next()
+            raise Refusal(Reason.TOO_LARGE, f"more than {MAX_QUEUED} requests are waiting")
+        # An HTTP/1.0 connection is not kept: nobody we know needs it.
+        self._is_deaf = not self._parser.should_keep_alive() or not self._speaks_1_1
+        connection = self._described(self._parser.get_method(), bytes(self._body))
+        self._queue.append(Request(connection=connection, is_last=self._is_deaf, takes_chunks=self._speaks_1_1))
 
-    # turns
+    # reading
 
-    def _described(self) -> Connection:
-        path, _, query = self._url.partition(b"?")
-        return Connection(
-            peer=self._peer,
-            client=self._client,
-            method=self._parser.get_method().decode("ascii"),
-            path=path.decode("latin-1"),
-            query=query.decode("latin-1"),
-            headers=self._headers,
-            body=bytes(self._body),
-        )
+    @property
+    def _speaks_1_1(self) -> bool:
+        return bool(self._parser.get_http_version() == "1.1")
 
-    def _next(self) -> None:
-        if self._turn is not None or self._transport is None:
-            return
-        if not self._queue:
-            if self._close_after or self._serving.draining:
-                self._transport.close()
-            else:
-                self._wait(IDLE_TIMEOUT_S)
-            return
-        self._cancel_timer()
-        self._turn = Turn(self, self._serving, self._serving.begin(self._queue.popleft()))
-        self._turn.start()
+    def _check(self) -> None:
+        """Refuse what llhttp lets through and servers could read differently."""
+        if self._parser.get_http_version() not in ("1.0", "1.1"):
+            raise Refusal(Reason.MALFORMED, "the HTTP version must be 1.1 or 1.0")
+        if not self._url.startswith(b"/") or b"#" in self._url:
+            raise Refusal(Reason.MALFORMED, "the request target must be a path")
+        hosts = sum(name == b"host" for name, _ in self._headers)
+        if hosts > 1 or (hosts == 0 and self._speaks_1_1):
+            raise Refusal(Reason.MALFORMED, "Host must be given once")
+        codings = [value.lower() for name, value in self._headers if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or not self._speaks_1_1):
+            raise Refusal(Reason.MALFORMED, "Transfer-Encoding must be chunked, and HTTP 1.1")
+        for name, value in self._headers:
+            if name == b"content-length":
+                self._limit_body(int(value))
 
-    def turn_over(self, *, reusable: bool) -> None:
-        """Go on with the next request, or close where the response cannot be delimited otherwise."""
-        self._turn = None
-        if not reusable:
-            self._close_after = True
-            self._queue.clear()
-        self._next()
-
-    def _reject(self, refusal: Refusal) -> None:
-        """Answer what could not be read as a request; the connection cannot be trusted any more."""
-        self._close_after = True
-        if self._turn is not None:
-            self._turn.abandon(refusal.public)
-            self._turn = None
-        self._queue.clear()
-        self._turn = Turn(self, self._serving, self._serving.begin(self._described_so_far()))
-        self._turn.refuse(refusal)
-
-    def _described_so_far(self) -> Connection:
-        self._body.clear()
-        method = self._parser.get_method().decode("ascii") if self._url else ""
-        path = self._url.partition(b"?")[0].decode("latin-1")
-        return Connection(
-            peer=self._peer, client=self._client, method=method, path=path, query="", headers=self._headers, body=b""
-        )
+    def _limit_body(self, size_bytes: int) -> None:
+        limit = self._serving.max_body_bytes
+        if size_bytes > limit:
+            raise Refusal(Reason.TOO_LARGE, f"the body is larger than {limit} bytes")
 
     def _grow(self, size_bytes: int) -> None:
         self._head_bytes += size_bytes
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._stop(Refusal(Reason.TOO_LARGE, f"the request's head is larger than {MAX_HEAD_BYTES} bytes"))
+            raise Refusal(Reason.TOO_LARGE, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
 
-    def _stop(self, refusal: Refusal) -> None:
-        """Leave the parser by the only way that httptools has; `data_received` answers."""
-        self._refused = refusal
-        raise refusal
+    def _described(self, method: bytes, body: bytes) -> Connection:
+        path, _, query = self._url.partition(b"?")
+        return Connection(
+            peer=self._peer,
+            client=self._client,
+            method=method.decode("ascii"),
+            path=path.decode("latin-1"),
+            query=query.decode("latin-1"),
+            headers=self._headers,
+            body=body,
+        )
+
+    def _reject(self, refusal: Refusal) -> None:
+        """Answer, in its turn, what could not be read as a request; nothing that follows it can be trusted."""
+        if self._is_deaf:  # only bytes after the last request
+            return
+        self._is_deaf = self._is_unreadable = True
+        self._is_receiving = False
+        method = self._parser.get_method() if self._url else b""
+        self._queue.append(Request(connection=self._described(method, b""), refusal=refusal))
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """Read the request afresh without its Upgrade field, which a server may ignore (RFC 9110, 7.8).
+
+        Java's client offers h2c with its first request, whatever it is; llhttp stops at the end of such a head.
+        """
+        method, version = self._parser.get_method(), self._parser.get_http_version()
+        fields = [pair for pair in self._headers if pair[0] != b"upgrade"]
+        if method == b"CONNECT" or len(fields) == len(self._headers):
+            self._reject(Refusal(Reason.MALFORMED, "a tunnel is not possible here"))
+            self._next()
+            return
+        lines = [b"%b %b HTTP/%b" % (method, self._url, version.encode()), *(b"%b: %b" % pair for pair in fields)]
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    # turns
+
+    def _next(self) -> None:
+        """Begin the next turn; with nothing left to do, wait for more or close."""
+        if self._turn is not None or self._is_stuck or self._transport is None:
+            return
+        if self._queue:
+            self._cancel_timer()
+            request = self._queue.popleft()
+            self._turn = Turn(self, self._serving, request, self._serving.begin(request.connection))
+            self._turn.start()
+        elif self._is_deaf or self._serving.draining:
+            self._close()
+        else:
+            self._hold_reading(hold=False)
+            self._wait(REQUEST_TIMEOUT_S if self._is_receiving else IDLE_TIMEOUT_S)
+
+    def turn_over(self, *, is_last: bool) -> None:
+        """Go on with the next request, or close where the client expects that."""
+        self._turn = None
+        if is_last:
+            self._is_deaf = True
+            self._queue.clear()
+        self._next()
 
     # timers and the socket
 
@@ -211,7 +285,28 @@ class Inbound(asyncio.Protocol):
             self._timer = None
 
     def _timed_out(self) -> None:
-        if self._turn is None and self._transport is not None:
+        if self._turn is None or self._is_stuck:
+            self.abort()
+
+    def _hold_reading(self, *, hold: bool) -> None:
+        """Leave further requests in the kernel's buffer while some wait here."""
+        if self._transport is None or self._transport.is_closing() or hold is self._holds_reading:
+            return
+        self._holds_reading = hold
+        if hold:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _close(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._wait(LINGER_S)  # closing waits for a client that does not read
+        if self._is_unreadable and self._transport.can_write_eof():
+            # Closing with bytes unread resets the connection, and the client might never see its answer.
+            self._hold_reading(hold=False)
+            self._transport.write_eof()
+        else:
             self._transport.close()
 
     def write(self, data: bytes) -> None:
@@ -221,58 +316,72 @@ class Inbound(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close as soon as nothing is under way."""
-        if self._turn is None and self._transport is not None:
-            self._transport.close()
+        if self._turn is None:
+            self._close()
 
     def abort(self) -> None:
         """Close at once."""
         if self._transport is not None:
             self._transport.abort()
 
-    @property
-    def closes(self) -> bool:
-        """Say whether this response is the connection's last."""
-        return self._close_after or self._serving.draining
-
 
 class Turn:
-    """One request and its response: what `Upstream` calls back."""
+    """One request and its response: what `Serving` and `Upstream` call back. Over once; its exchange is told once."""
 
-    def __init__(self, inbound: Inbound, serving: Serving, exchange: Exchange) -> None:
+    def __init__(self, inbound: Inbound, serving: Serving, request: Request, exchange: Exchange) -> None:
         self._inbound = inbound
         self._serving = serving
+        self._request = request
         self._exchange = exchange
+        self._call: Call | None = None
         self._answer: Answer | None = None
         self._status = 0
-        self._head = b""  # held until it is known whether the body is whole
+        self._reason = b""
         self._headers: Headers = ()
-        self._chunked = False
+        self._is_last = request.is_last
+        self._is_chunked = False
         self._sent_head = False
-        self.call: Call | None = None
+        self.is_over = False
 
     def start(self) -> None:
         """Judge the request; go on at once, or when the keys that it needs have come."""
-        self._serving.admit(self._exchange, self)
+        if self._request.refusal is not None:
+            self.refuse(self._request.refusal)
+        else:
+            self._serving.admit(self._exchange, self)
+
+    def pause(self) -> None:
+        """Hold the response back."""
+        if self._call is not None:
+            self._call.pause()
+
+    def resume(self) -> None:
+        """Let the response go on."""
+        if self._call is not None:
+            self._call.resume()
+
+    def abandon(self, why: str) -> None:
+        """End without an answer: nobody is there to read it."""
+        if self.is_over:
+            return
+        if self._call is not None:
+            self._call.abort()
+        self._exchange.aborted = why
+        self._record()
 
     # what the serving calls
 
     def forward(self, call: Call) -> None:
         """Know the call that carries the admitted message."""
-        self.call = call
+        self._call = call
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer with *refusal*."""
-        exchange = self._exchange
-        exchange.refusal = refusal
-        request_id = exchange.message.id if exchange.message is not None else refusal.id
-        self._respond(answer(refusal, request_id))
-
-    def _respond(self, response: Response) -> None:
-        self._status = response.status
-        self._headers = response.headers
-        if response.status in (400, 413):
-            self._inbound._close_after = True  # noqa: SLF001 - the two classes are one state machine
-        self._end(response.body)
+        self._exchange.refusal = refusal
+        response: Response = answer(refusal, self._exchange.message)
+        self._status, self._reason, self._headers = response.status, b"", response.headers
+        self._is_last = self._is_last or response.status in (400, 413)
+        self._end(b"" if self._request.connection.method == "HEAD" else response.body)
 
     # Sink
 
@@ -281,27 +390,18 @@ class Turn:
         exchange = self._exchange
         assert exchange.permit is not None  # noqa: S101 - nothing is sent without
         exchange.upstream_s = self._serving.clock() - exchange.clock_s
-        fields = dict(headers)
-        session_id = fields.get(b"mcp-session-id")
+        session_id = dict(headers).get(b"mcp-session-id")
         self._serving.remember(exchange, status, None if session_id is None else session_id.decode("latin-1"))
-        self._answer = Answer(exchange.permit, self._serving.engines(exchange))
         self._status, self._reason, self._headers = status, reason, returned_headers(headers)
-        try:
-            self._answer.begin(headers)
-        except Refusal as refusal:
-            self._give_up(refusal)
-            return
-        if self._answer.mode is Mode.EVENTS:
+        seen = self._answer = Answer(exchange.permit, self._serving.engines)
+        if self._look(lambda: seen.begin(status, headers)) is not None and seen.mode is Mode.EVENTS:
             self._send_head(None)
 
     def feed(self, piece: bytes) -> None:
         """Pass on what may be seen of *piece*."""
         assert self._answer is not None  # noqa: S101 - Upstream begins before it feeds
-        try:
-            passed = self._answer.feed(piece)
-        except Refusal as refusal:
-            self._give_up(refusal)
-            return
+        seen = self._answer
+        passed = self._look(lambda: seen.feed(piece))
         if passed:
             if not self._sent_head:
                 self._send_head(None)
@@ -310,53 +410,56 @@ class Turn:
     def complete(self) -> None:
         """Finish the response."""
         assert self._answer is not None  # noqa: S101 - Upstream begins before it completes
-        try:
-            rest = self._answer.end()
-        except Refusal as refusal:
-            self._give_up(refusal)
-            return
-        self._end(rest)
+        rest = self._look(self._answer.end)
+        if rest is not None:
+            self._end(rest)
 
     def failed(self, detail: str) -> None:
         """Answer for a server that did not."""
         self._give_up(Refusal(Reason.UPSTREAM, "the server did not answer", detail=detail))
 
+    def _look(self, look: Callable[[], bytes]) -> bytes | None:
+        """Return what the client may see; None when the response was given up instead."""
+        try:
+            return look()
+        except Refusal as refusal:
+            self._give_up(refusal)
+        except Exception:
+            # The last resort of the way back: a defect in judging must neither pass nor hang.
+            log.exception("judging a response failed")
+            self._give_up(Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log"))
+        return None
+
     # endings
 
     def _give_up(self, refusal: Refusal) -> None:
         """End a call whose response cannot be passed on: by an error where that still fits, by a cut otherwise."""
-        if self.call is not None:
-            self.call.abort()
+        if self._call is not None:
+            self._call.abort()
         if not self._sent_head:
             self.refuse(refusal)
             return
         self._exchange.refusal = refusal
         self._exchange.aborted = refusal.detail or refusal.public
         message = self._exchange.message
-        if self._answer is not None and self._answer.mode is Mode.EVENTS and message is not None and message.id is not None:
-            self._inbound.write(self._framed(b"data: " + answer(refusal, message.id).body + b"\n\n"))
-            self._end(b"")
+        is_stream = self._answer is not None and self._answer.mode is Mode.EVENTS
+        if is_stream and message is not None and message.id is not None:
+            self._end(b"data: " + answer(refusal, message).body + b"\n\n")
         else:
-            self._observe()
+            self._record()
             self._inbound.abort()
 
-    def abandon(self, why: str) -> None:
-        """End without an answer: nobody is there to read it."""
-        if self.call is not None:
-            self.call.abort()
-        self._exchange.aborted = why
-        self._observe()
-
     def _end(self, rest: bytes) -> None:
-        """Send the rest and record the exchange, in this order of effects: first the record, then the last byte."""
-        self._observe()
+        """Record the exchange, then send the rest: who has an answer finds it recorded."""
+        self._record()
         if self._sent_head:
-            self._inbound.write(self._framed(rest) + (b"0\r\n\r\n" if self._chunked else b""))
+            self._inbound.write(self._framed(rest) + (b"0\r\n\r\n" if self._is_chunked else b""))
         else:
             self._send_head(rest)
-        self._inbound.turn_over(reusable=not self._inbound.closes)
+        self._inbound.turn_over(is_last=self._closes)
 
-    def _observe(self) -> None:
+    def _record(self) -> None:
+        self.is_over = True
         exchange, seen = self._exchange, self._answer
         exchange.status = self._status
         exchange.total_s = self._serving.clock() - exchange.clock_s
@@ -366,22 +469,29 @@ class Turn:
             exchange.error_code, exchange.tool_failed, exchange.hidden = seen.error_code, seen.tool_failed, seen.hidden
         self._serving.observe(exchange)
 
+    # the wire
+
+    @property
+    def _closes(self) -> bool:
+        return self._is_last or self._serving.draining
+
     def _send_head(self, body: bytes | None) -> None:
-        """Send the head, with *body* where that is all of it; None: the body follows in chunks."""
+        """Send the head, with *body* where that is all of it; None: the body follows, in chunks or up to the close."""
         self._sent_head = True
-        reason = getattr(self, "_reason", b"") or _phrase(self._status)
-        lines = [b"HTTP/1.1 %d %b" % (self._status, reason), *(b"%b: %b" % pair for pair in self._headers)]
+        lines = [b"HTTP/1.1 %d %b" % (self._status, self._reason or _phrase(self._status))]
+        lines += [b"%b: %b" % pair for pair in self._headers]
         if body is None:
-            self._chunked = True
-            lines.append(b"transfer-encoding: chunked")
+            self._is_chunked = self._request.takes_chunks
+            if self._is_chunked:
+                lines.append(b"transfer-encoding: chunked")
         elif self._status not in (204, 304):
             lines.append(b"content-length: %d" % len(body))
-        if self._inbound.closes:
+        if self._closes:
             lines.append(b"connection: close")
         self._inbound.write(b"\r\n".join([*lines, b"", body or b""]))
 
     def _framed(self, piece: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(piece), piece) if piece and self._chunked else piece
+        return b"%x\r\n%b\r\n" % (len(piece), piece) if piece and self._is_chunked else piece
 
 
 def _phrase(status: int) -> bytes:

@@ -71,26 +71,27 @@ class Listener:
                 log.warning("accept failed", extra={"error": str(error)})
                 await asyncio.sleep(0.01)
                 continue
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tasks.create_task(self._open(sock, f"{address[0]}:{address[1]}"))
 
     async def _open(self, sock: socket.socket, client: str) -> None:
         """Serve *sock* until it is closed, then give its place back."""
         closed = asyncio.Event()
+        is_taken = False
         try:
-            if await self._hand_over(sock, client, closed):
+            is_taken = await self._hand_over(sock, client, closed)
+            if is_taken:
                 await closed.wait()
-            else:
-                sock.close()
         except (OSError, TimeoutError) as error:  # ssl.SSLError is one; certs/tls.py has counted it with its reason
             log.debug("connection refused", extra={"client": client, "error": str(error)})
-            sock.close()
         finally:
+            if not is_taken:
+                sock.close()
             self._places.release()
 
     async def _hand_over(self, sock: socket.socket, client: str, closed: asyncio.Event) -> bool:
         """Give *sock* to a protocol of its own; say whether it was taken."""
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self._is_ours(sock, client):
             return False
         first = await self._first_byte(sock)
@@ -118,7 +119,7 @@ class Listener:
     async def _first_byte(self, sock: socket.socket) -> bytes:
         """Return the first byte without taking it; empty when the client closes or stays silent."""
         ready = self._loop.create_future()
-        self._loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+        self._loop.add_reader(sock.fileno(), lambda: None if ready.done() else ready.set_result(None))
         try:
             async with asyncio.timeout(FIRST_BYTE_S):
                 await ready

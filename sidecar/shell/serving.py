@@ -27,6 +27,8 @@ DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 class Requester(Sink, Protocol):
     """Who asked: learns of the call, or of the refusal."""
 
+    is_over: bool  # nobody waits for the answer any more
+
     def forward(self, call: Call) -> None:
         """Know the call that carries the message."""
         ...
@@ -85,23 +87,25 @@ class Serving:
 
     def admit(self, exchange: Exchange, requester: Requester) -> None:
         """Judge and send, or refuse; at once unless a key must be fetched first."""
+        self._admit(exchange, requester, may_wait=True)
+
+    def _admit(self, exchange: Exchange, requester: Requester, *, may_wait: bool) -> None:
         try:
             self._judge_and_send(exchange, requester)
-        except UnknownKey as missing:
-            self._spawn(self._admit_with_new_keys(exchange, requester, missing))
         except Refusal as refusal:
-            self._refuse(exchange, requester, refusal)
+            if may_wait and isinstance(refusal, UnknownKey):
+                self._spawn(self._admit_with_new_keys(exchange, requester, refusal))
+            else:
+                self._refuse(exchange, requester, refusal)
         except Exception:
             # The last resort: a defect in judging must refuse, never pass and never hang.
             log.exception("judging failed")
             self._refuse(exchange, requester, Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log"))
 
     async def _admit_with_new_keys(self, exchange: Exchange, requester: Requester, missing: UnknownKey) -> None:
-        await self._find_key(missing)
-        try:
-            self._judge_and_send(exchange, requester)
-        except Refusal as refusal:
-            self._refuse(exchange, requester, refusal)
+        await self._find_key(missing)  # never raises: without the key the second judgement refuses
+        if not requester.is_over:  # the client may have gone while we waited
+            self._admit(exchange, requester, may_wait=False)
 
     def _judge_and_send(self, exchange: Exchange, requester: Requester) -> None:
         snapshot, why = self.snapshot, self._why_not_ready()
@@ -118,7 +122,8 @@ class Serving:
         exchange.judged_s = time.monotonic() - exchange.clock_s
         requester.refuse(refusal)
 
-    def engines(self, exchange: Exchange) -> tuple[Engine, ...]:
+    @property
+    def engines(self) -> tuple[Engine, ...]:
         """Return the engines in force; a listing that was under way when they changed is filtered by the new ones."""
         return () if self.snapshot is None else self.snapshot.engines
 

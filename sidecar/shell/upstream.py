@@ -6,6 +6,7 @@ call costs a fifth of the whole path (docs/explanation/decisions.md).
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -75,13 +76,18 @@ class Line(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._call: Call | None = None
+        self._is_paused = False
+        self.idle_since_s = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._reason = b""
-        self._begun = False
+        self._begun = False  # the final head has come
         self._whole = False
         self._reusable = False
-        self.idle_since_s = 0.0
+        self._is_delimited = False  # by a length or by chunks; otherwise by the end of the connection
 
     # asyncio.Protocol
 
@@ -99,8 +105,10 @@ class Line(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(f"unreadable response: {error}")
-            return
+            if not self._whole:
+                self._fail(f"unreadable response: {error.__context__ or error}")
+                return
+            self._reusable = False  # what follows a whole response was not asked for
         if self._whole:
             self._finish()
 
@@ -113,24 +121,29 @@ class Line(asyncio.Protocol):
         self._transport = None
         if self._call is None:
             return
-        if self._begun and error is None and self._ends_with_connection():
-            self._reusable = False
+        if self._begun and error is None and not self._is_delimited:
             self._finish()
         else:
             self._fail(f"connection closed: {error or 'end of file'}")
 
-    # httptools callbacks
+    # httptools callbacks; what they raise comes out of `feed_data`
+
+    def on_message_begin(self) -> None:
+        """Refuse a second response to one request: it would be taken for a part of the first."""
+        if self._whole:
+            raise ValueError("more than one response")
 
     def on_status(self, reason: bytes) -> None:
         """Take a part of the reason phrase."""
         self._reason += reason
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header field."""
+        """Take a header field; trailer fields are dropped, no client of MCP reads them."""
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("response head too large")
-        self._headers.append((name.lower(), value))
+        if not self._begun:
+            self._headers.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """Hand the head over, unless it is an interim one."""
@@ -141,7 +154,7 @@ class Line(asyncio.Protocol):
         if 100 <= status < 200:
             return
         self._begun = True
-        self._head = dict(headers)
+        self._is_delimited = any(name in (b"content-length", b"transfer-encoding") for name, _ in headers)
         if self._call is not None and not self._call.abandoned:
             self._call.sink.begin(status, reason, headers)
 
@@ -163,7 +176,7 @@ class Line(asyncio.Protocol):
         """Send *call* on this connection."""
         assert self._transport is not None  # noqa: S101 - Upstream hands out only open lines
         self._parser = httptools.HttpResponseParser(self)
-        self._begun = self._whole = self._reusable = False
+        self._reset()
         self._call = call
         call.line = self
         self._transport.write(call.request)
@@ -181,24 +194,25 @@ class Line(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading."""
-        if self.is_open and self._transport is not None:
+        if self.is_open and self._transport is not None and not self._is_paused:
+            self._is_paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read again."""
-        if self.is_open and self._transport is not None:
+        if self.is_open and self._transport is not None and self._is_paused:
+            self._is_paused = False
             self._transport.resume_reading()
-
-    def _ends_with_connection(self) -> bool:
-        return b"content-length" not in self._head and b"transfer-encoding" not in self._head
 
     def _finish(self) -> None:
         call, self._call = self._call, None
-        if self._reusable:
+        self.resume()  # the client may be slow to read, the next call is another's
+        if self._reusable and self.is_open:
             self._pool.keep(self)
         elif self._transport is not None:
             self._transport.close()
         if call is not None and not call.abandoned:
+            call.line = None  # it is the next call's now
             call.sink.complete()
 
     def _fail(self, detail: str) -> None:
@@ -215,7 +229,7 @@ class Upstream:
         """Prepare for *host*; *spawn* starts a coroutine in the process's root TaskGroup."""
         self._host = host
         self._spawn = spawn
-        self._idle: list[Line] = []
+        self._idle: deque[Line] = deque()  # the one used last at the right
         self._loop = asyncio.get_running_loop()
 
     def send(self, admission: Admission, exchange: Exchange, sink: Sink, *, traceparent: bytes) -> Call:
@@ -256,9 +270,11 @@ class Upstream:
             line.carry(call)
 
     def keep(self, line: Line) -> None:
-        """Take *line* back for the next call."""
+        """Take *line* back for the next call; drop those that have waited for too long."""
         line.idle_since_s = self._loop.time()
         self._idle.append(line)
+        while self._idle[0].idle_since_s < line.idle_since_s - IDLE_S:
+            self._idle.popleft().abort()
 
     def forget(self, line: Line) -> None:
         """Drop *line*, which is closed."""
@@ -273,9 +289,9 @@ class Upstream:
 
 def _request(exchange: Exchange, authority: bytes, traceparent: bytes) -> bytes:
     connection = exchange.connection
-    target = connection.path.encode("latin-1") + (b"?" + connection.query.encode("latin-1") if connection.query else b"")
-    lines = [b"%b %b HTTP/1.1" % (connection.method.encode("ascii"), target), b"host: " + authority]
-    lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers) if pair[0] != b"traceparent"]
+    target = f"{connection.path}?{connection.query}" if connection.query else connection.path
+    lines = [f"{connection.method} {target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
+    lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers)]
     # identity: what cannot be read cannot be judged.
     lines += [b"accept-encoding: identity", b"traceparent: " + traceparent]
     if connection.body or connection.method == "POST":

@@ -32,7 +32,7 @@ class Link:
 Layer: TypeAlias = Mapping[str, "Path | bytes | Link"]
 """Where in the image: a file or directory of this machine, a file's content, a link. Everything belongs to root."""
 
-_Stream: TypeAlias = "io.BytesIO | io.BufferedRandom"
+_Stream: TypeAlias = io.BufferedIOBase
 _MEDIA_TYPE = "application/vnd.oci.image."
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CA_FILE = "etc/ssl/certs/ca-certificates.crt"

@@ -6,7 +6,7 @@ Everything is real: the cluster, SPIRE, the OpenID provider, the servers, the co
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import functools
 import json
 from pathlib import Path
@@ -40,12 +40,14 @@ ARTICLE = (REPOSITORY / "examples" / "article" / "rego" / "authz.rego").read_tex
 def workload_image() -> images.Image:
     """The test's servers and its agent: PyPI packages, three scripts, and our `certs` for the agent's SVID."""
     files = {f"opt/app/{name}": WORKLOADS / name for name in ("three_tools.py", "agent.py", "login.py")}
-    return images.python("localhost/workload:1", *PYTHON_PACKAGES, layers=[{**files, "opt/app/certs": REPOSITORY / "certs"}])
+    return images.python(
+        "localhost/workload:1", *PYTHON_PACKAGES, layers=[{**files, "opt/app/certs": REPOSITORY / "certs"}]
+    )
 
 
 @functools.cache
 def provider_image() -> images.Image:
-    """npm oidc-provider."""
+    """Npm oidc-provider."""
     script = {"opt/provider.mjs": WORKLOADS / "provider.mjs"}
     return images.node("localhost/oidc-provider:1", "oidc-provider", layers=[script])
 
@@ -66,7 +68,10 @@ def container(name: str, image: images.Image, *command: str, **fields: Any) -> d
 
 def deployment(namespace: str, name: str, *containers: dict[str, Any], **spec: Any) -> dict[str, Any]:
     """A Deployment of one pod labelled app=NAME."""
-    template = {"metadata": {"labels": {"app": name}}, "spec": {"containers": list(containers), "terminationGracePeriodSeconds": 2, **spec}}
+    template = {
+        "metadata": {"labels": {"app": name}},
+        "spec": {"containers": list(containers), "terminationGracePeriodSeconds": 2, **spec},
+    }
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -114,7 +119,13 @@ class Governed:
 
     def install(self) -> None:
         """Build, load and install everything; return when all of it is up."""
-        for image in (workload_image(), provider_image(), images.collector(), product_image("sidecar"), product_image("control-plane")):
+        for image in (
+            workload_image(),
+            provider_image(),
+            images.collector(),
+            product_image("sidecar"),
+            product_image("control-plane"),
+        ):
             self.cluster.load_image(image)
         for name in ("identity", "demo", "agents", "telemetry"):
             self.cluster.make_namespace(name)
@@ -175,13 +186,15 @@ class Governed:
 
     def audit(self, name: str) -> list[dict[str, Any]]:
         """The audit records of a server's sidecar."""
-        text = self.cluster.kubectl("--namespace", "demo", "logs", self.pod(name)["metadata"]["name"], "--container=sidegate")
+        text = self.cluster.kubectl(
+            "--namespace", "demo", "logs", self.pod(name)["metadata"]["name"], "--container=sidegate"
+        )
         lines = (json.loads(line) for line in text.splitlines() if line.startswith("{"))
         return [line for line in lines if str(line.get("schema", "")).startswith("sidegate.audit/")]
 
     def spans(self) -> list[dict[str, Any]]:
         """Every span that the collector has received."""
-        command = ("--namespace", "telemetry", "exec", "deployment/collector", "--", "cat", "/tmp/traces.json")  # noqa: S108
+        command = ("--namespace", "telemetry", "exec", "deployment/collector", "--", "cat", "/tmp/traces.json")
         return [
             {**span, "attributes": {each["key"]: next(iter(each["value"].values())) for each in span["attributes"]}}
             for line in self.cluster.kubectl(*command).splitlines()
@@ -193,12 +206,18 @@ class Governed:
     # the surroundings
 
     def _start_provider(self) -> None:
-        now = datetime.datetime.now(datetime.UTC)
-        day = datetime.timedelta(days=1)
-        authority = Authority.make(name="identity", key=make_key(), now=now, lifetime=day, serial=x509.random_serial_number())
+        now = dt.datetime.now(dt.UTC)
+        day = dt.timedelta(days=1)
+        authority = Authority.make(
+            name="identity", key=make_key(), now=now, lifetime=day, serial=x509.random_serial_number()
+        )
         key = make_key()
         leaf = authority.sign_serving(
-            ["oidc.identity.svc.cluster.local"], key.public_key(), now=now, lifetime=day, serial=x509.random_serial_number()
+            ["oidc.identity.svc.cluster.local"],
+            key.public_key(),
+            now=now,
+            lifetime=day,
+            serial=x509.random_serial_number(),
         )
         self.ca_pem = authority.certificate_pem.decode()
         secret = {
@@ -224,10 +243,12 @@ class Governed:
     def _start_collector(self) -> None:
         configuration = {
             "receivers": {"otlp": {"protocols": {"http": {"endpoint": "0.0.0.0:4318"}}}},
-            "exporters": {"file": {"path": "/tmp/traces.json", "flush_interval": "100ms"}},  # noqa: S108 - in the container
+            "exporters": {"file": {"path": "/tmp/traces.json", "flush_interval": "100ms"}},
             "service": {"pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["file"]}}},
         }
-        write = f"echo '{json.dumps(configuration)}' >/tmp/collector.yaml && exec /opt/otelcol --config /tmp/collector.yaml"
+        write = (
+            f"echo '{json.dumps(configuration)}' >/tmp/collector.yaml && exec /opt/otelcol --config /tmp/collector.yaml"
+        )
         pod = container("collector", images.collector(), "sh", "-ec", write)
         self.cluster.apply(deployment("telemetry", "collector", pod), service("telemetry", "collector", 4318))
         self.cluster.kubectl("--namespace", "telemetry", "rollout", "status", "deployment/collector", "--timeout=120s")
@@ -247,12 +268,17 @@ class Governed:
     def _start_servers(self) -> None:
         """Two unmodified servers, running before anyone labels anything."""
         image = workload_image()
-        probe = {"readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1}, "ports": [{"name": "mcp", "containerPort": 8000}]}
+        probe = {
+            "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
+            "ports": [{"name": "mcp", "containerPort": 8000}],
+        }
         duckdb = ["python3", "-m", "mcp_server_motherduck", "--transport", "http", "--host", "0.0.0.0", "--port", "8000",
                   "--db-path", ":memory:", "--read-write", "--home-dir", "/tmp",
-                  "--init-sql", "CREATE TABLE customers AS SELECT 1 AS id, 'Ada' AS name"]  # fmt: skip # noqa: S108
+                  "--init-sql", "CREATE TABLE customers AS SELECT 1 AS id, 'Ada' AS name"]  # fmt: skip
         self.cluster.apply(
-            deployment("demo", "records", container("server", image, "python3", "/opt/app/three_tools.py", "8000", **probe)),
+            deployment(
+                "demo", "records", container("server", image, "python3", "/opt/app/three_tools.py", "8000", **probe)
+            ),
             service("demo", "records", 8000),
             deployment("demo", "duckdb", container("server", image, *duckdb, **probe)),
             service("demo", "duckdb", 8000),
@@ -276,5 +302,7 @@ class Governed:
             "data": {"ca.crt": self.ca_pem},
         }
         agent = container("agent", workload_image(), "sleep", "1000000", volumeMounts=mounts)
-        self.cluster.apply(spiffe_id("agents", "agents", "agent"), authority, deployment("agents", "agent", agent, volumes=volumes))
+        self.cluster.apply(
+            spiffe_id("agents", "agents", "agent"), authority, deployment("agents", "agent", agent, volumes=volumes)
+        )
         self.cluster.kubectl("--namespace", "agents", "rollout", "status", "deployment/agent", "--timeout=120s")

@@ -161,7 +161,9 @@ def _rollout_agent(governed: Governed, patch: dict[str, Any]) -> None:
     agents = ("--namespace", "agents")
     governed.cluster.kubectl(*agents, "patch", "deployment/agent", "--type=strategic", f"--patch={json.dumps(patch)}")
     governed.cluster.kubectl(*agents, "rollout", "status", "deployment/agent", "--timeout=120s")
-    governed.cluster.kubectl(*agents, "wait", "--for=jsonpath={.status.readyReplicas}=1", "deployment/agent", "--timeout=60s")
+    governed.cluster.kubectl(
+        *agents, "wait", "--for=jsonpath={.status.readyReplicas}=1", "deployment/agent", "--timeout=60s"
+    )
 
 
 def test_a_bad_annotation_is_refused_at_admission(governed: Governed) -> None:

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sidegate",
         description="Govern MCP servers.",
-        epilog="example: sidegate run --policy policies/ --upstream http://127.0.0.1:8000/mcp",  # fmt: skip # noqa: E501
+        epilog="example: sidegate run --policy policies/ --upstream http://127.0.0.1:8000/mcp",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:

@@ -21,7 +21,7 @@ def list_tables() -> list[str]:
 
 
 @server.tool()
-def execute_query(sql: str, password: str = "", destructive: bool = False, seconds: float = 0) -> str:  # noqa: FBT001, FBT002 - a tool's arguments
+def execute_query(sql: str, password: str = "", destructive: bool = False, seconds: float = 0) -> str:
     """Run a query; it can take *seconds*."""
     time.sleep(seconds)
     return f"ran {sql!r}, {len(password)} characters of password, destructive={destructive}"

@@ -1,0 +1,279 @@
+"""Turns an exchange into its audit record: who asked what, what was decided and why, and what came of it.
+
+One JSON object, one line, for every message, refused and unreadable ones included. Whatever a caller chooses is
+bounded, or a record would be as large as the caller likes. Tokens are never in it; session ids only as a hash, because
+a record outlives the session by years. FIELDS is the schema; docs/reference/audit-record.md shows it. Pure.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any, Final
+
+import orjson
+
+from sidecar.core.identity import User
+from sidecar.core.message import Message, Prompt, Resource, Tool
+from sidecar.core.profile import Audit
+from sidecar.core.redaction import Content, redact
+from sidecar.exchange import Exchange
+
+SCHEMA: Final = "sidegate.audit/v1"
+MAX_TEXT_CHARS: Final = 1024  # of a name, URI, path or detail; longer ones end in an ellipsis
+SESSION_HASH_CHARS: Final = 16  # of the SHA-256 of a session id: tells sessions apart, opens none
+
+# Path, type, meaning. A row of type `object` is followed by its members; `?`: null when not known or not applicable.
+FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
+    ("time", "string", "When the message's first byte was read: RFC 3339, UTC, nanoseconds."),
+    ("schema", "string", f"`{SCHEMA}`. A new member may appear in v1; a changed or missing one would be v2."),
+    ("trace_id", "string", "W3C trace id, 32 hex digits; the caller's, when it sent one."),
+    ("span_id", "string", "W3C id of the sidecar's own span, 16 hex digits; unique to this message."),
+    ("server", "object?", "The MCP server, from the bundle."),
+    ("server.namespace", "string", "Its Kubernetes namespace."),
+    ("server.workload", "string", "Its Deployment, StatefulSet …"),
+    ("server.name", "string", "Its name in policies."),
+    ("who", "object", "Who asked, as verified."),
+    ("who.user", "object?", "The human: verified claims of the access token."),
+    ("who.user.id", "string", "The claim that the profile names; `sub` by default."),
+    ("who.user.issuer", "string", "The provider's issuer URL."),
+    ("who.user.provider", "string", "The provider's name in the profile."),
+    ("who.user.email", "string?", "E-mail address."),
+    ("who.user.role", "string?", "Role."),
+    ("who.user.roles", "array", "Roles."),
+    ("who.user.groups", "array", "Groups."),
+    ("who.workload", "string?", "The SPIFFE ID of the caller's SVID."),
+    ("who.client", "string", "Address and port of the connection's other end."),
+    ("agent", "object", "What the caller says of itself: **self-reported**, never verified."),
+    ("agent.session", "string?", "Agent session; where the MCP session stands in for it, the same hash as `session`."),
+    ("agent.client_name", "string?", "`clientInfo.name` of `initialize`."),
+    ("agent.client_version", "string?", "`clientInfo.version` of `initialize`."),
+    ("session", "string?", f"First {SESSION_HASH_CHARS} hex digits of the SHA-256 of `Mcp-Session-Id`."),
+    ("protocol_version", "string?", "`MCP-Protocol-Version` of the request."),
+    ("http", "object", "The HTTP exchange that carried the message."),
+    ("http.method", "string", "`POST`, `GET` or `DELETE`, or whatever was refused."),
+    ("http.path", "string", "Path without query."),
+    ("http.status", "integer", "Status that the caller got; 0 when it had gone before."),
+    ("message", "object?", "The MCP message; null when it could not be read, or was refused before it was read."),
+    ("message.shape", "string", "`request`, `notification`, `response`, `open_stream` or `close_session`."),
+    ("message.method", "string", "JSON-RPC method."),
+    ("message.id", "string or integer?", "JSON-RPC id."),
+    ("message.tool", "string?", "Name of the tool."),
+    ("message.prompt", "string?", "Name of the prompt."),
+    ("message.resource", "string?", "URI of the resource."),
+    ("arguments", "object?", "Arguments of the tool or prompt; null when the message has none."),
+    ("arguments.content", "object or string?", "After redaction; its text's beginning when cut; null with `hash`."),
+    ("arguments.truncated", "boolean", "Whether `content` was cut to the profile's `audit.max_bytes`."),
+    ("arguments.redacted", "boolean", "Whether a field was hidden; it reads `[redacted]`."),
+    ("arguments.bytes", "integer", "Size of the arguments as compact JSON, before redaction."),
+    ("arguments.sha256", "string?", "SHA-256 of the compact JSON, after redaction and before the cut."),
+    ("result", "object?", "The server's answer; null when the message was never sent to it."),
+    ("result.content", "any", "The answer's `result` or `error`, likewise; null also when too large to keep."),
+    ("result.truncated", "boolean", "As above."),
+    ("result.redacted", "boolean", "As above."),
+    ("result.bytes", "integer", "Size of the whole answer."),
+    ("result.sha256", "string?", "SHA-256 of the whole answer; of `content` before the cut, when a field was hidden."),
+    ("result.is_error", "boolean", "The tool said `isError`."),
+    ("result.error_code", "integer?", "Code of the server's JSON-RPC error."),
+    ("result.hidden", "integer", "Items taken out of a list, because the caller may not use them."),
+    ("decision", "object", "What the sidecar decided."),
+    ("decision.outcome", "string", "`allowed`: the message was let through to the server; `refused`: it was not."),
+    ("decision.reason", "string?", "Why it went no further; with `allowed`, why the answer did not (`upstream`)."),
+    ("decision.detail", "string?", "The same for operators; the caller never sees it."),
+    ("decision.policies", "array", "Policies that allowed it."),
+    ("decision.revision", "string", "Revision of the policy bundle that judged; empty when there was none."),
+    ("limits", "array", "Limits from which the message took a token."),
+    ("latency_s", "object", "Seconds."),
+    ("latency_s.judge", "number", "From the first byte to the decision."),
+    ("latency_s.upstream", "number?", "From sending to the server to its answer."),
+    ("latency_s.total", "number", "From the first byte to the last."),
+    ("aborted", "string?", "Why the answer did not reach its end."),
+)
+
+
+def line(exchange: Exchange) -> bytes:
+    """Return the record of *exchange* as one line, its end included."""
+    document = record(exchange)
+    try:
+        return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # an integer beyond 64 bits, a lone surrogate: legal JSON, so callers can send it
+        return orjson.dumps(_plain(document), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def record(exchange: Exchange) -> dict[str, Any]:
+    """Return the record of *exchange*; its contents are JSON fragments ready to be written."""
+    profile, refusal, permit, admission = exchange.profile, exchange.refusal, exchange.permit, exchange.admission
+    agent, connection, session_id = exchange.agent, exchange.connection, exchange.session_id
+    audit = _STRICTEST if profile is None else profile.audit
+    return {
+        "time": timestamp(exchange.started_ns),
+        "schema": SCHEMA,
+        "trace_id": exchange.trace_id,
+        "span_id": exchange.span_id,
+        "server": None
+        if profile is None
+        else {
+            "namespace": profile.server.namespace,
+            "workload": profile.server.workload,
+            "name": profile.server.name,
+        },
+        "who": _who(exchange),
+        "agent": {
+            "session": _agent_session(exchange),
+            "client_name": _cut(agent.client_name),
+            "client_version": _cut(agent.client_version),
+        },
+        "session": None if session_id is None else fingerprint(session_id),
+        "protocol_version": _cut(exchange.protocol_version),
+        "http": {
+            "method": _cut(connection.method),
+            "path": _cut(connection.path),
+            "status": exchange.status,
+        },
+        "message": None if exchange.message is None else _message(exchange.message),
+        "arguments": None if exchange.message is None else _arguments(exchange.message, audit),
+        "result": None if admission is None else _result(exchange, audit),
+        "decision": {
+            "outcome": "refused" if admission is None else "allowed",
+            "reason": None if refusal is None else refusal.reason,
+            "detail": None if refusal is None else _cut(refusal.detail or refusal.public),
+            "policies": [] if permit is None else permit.policies,
+            "revision": exchange.revision,
+        },
+        "limits": [] if admission is None else admission.limits,
+        "latency_s": {
+            "judge": round(exchange.judged_s, 6),
+            "upstream": None if exchange.upstream_s is None else round(exchange.upstream_s, 6),
+            "total": round(exchange.total_s, 6),
+        },
+        "aborted": exchange.aborted,
+    }
+
+
+def timestamp(unix_ns: int) -> str:
+    """Return the moment as RFC 3339 in UTC with nanoseconds."""
+    seconds, rest_ns = divmod(unix_ns, 1_000_000_000)
+    return f"{_second(seconds)}.{rest_ns:09d}Z"
+
+
+@lru_cache(maxsize=4)  # calls of the same second share it
+def _second(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat()[:19]
+
+
+@lru_cache(maxsize=1024)  # a session makes many calls; an id is 256 characters at most
+def fingerprint(session_id: str) -> str:
+    """Return what stands for *session_id* where the id itself must not be kept."""
+    return sha256(session_id.encode(errors="backslashreplace")).hexdigest()[:SESSION_HASH_CHARS]
+
+
+_STRICTEST: Final = Audit(arguments="hash", results="hash")  # before there is a profile, nothing says what may be kept
+
+
+def _agent_session(exchange: Exchange) -> str | None:
+    """Return the agent's session; where the MCP session stands in for it (sidecar/pipeline.py), its hash."""
+    session = exchange.agent.session
+    return fingerprint(session) if session is not None and session == exchange.session_id else _cut(session)
+
+
+def _who(exchange: Exchange) -> dict[str, Any]:
+    principal, peer = exchange.principal, exchange.connection.peer
+    # A workload that may not call is refused before it becomes a principal; its SVID was verified all the same.
+    workload = peer.spiffe_id if principal is None and peer is not None else principal and principal.workload
+    user = None if principal is None else principal.user
+    return {
+        "user": None if user is None else _user(user),
+        "workload": None if workload is None else str(workload),
+        "client": exchange.connection.client,
+    }
+
+
+def _user(user: User) -> dict[str, Any]:
+    """Return *user* without the other claims; bounded by the size of a token (sidecar/core/identity.py)."""
+    return {
+        "id": user.id,
+        "issuer": user.issuer,
+        "provider": user.provider,
+        "email": user.email,
+        "role": user.role,
+        "roles": user.roles,
+        "groups": user.groups,
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    target = message.target
+    return {
+        "shape": message.shape,
+        "method": message.method,
+        "id": message.id,
+        "tool": _cut(target.name) if isinstance(target, Tool) else None,
+        "prompt": _cut(target.name) if isinstance(target, Prompt) else None,
+        "resource": _cut(target.uri) if isinstance(target, Resource) else None,
+    }
+
+
+def _arguments(message: Message, audit: Audit) -> dict[str, Any] | None:
+    if not isinstance(message.target, Tool | Prompt):
+        return None
+    content = redact(message.target.arguments, audit.redact)
+    return {**_kept(content, audit.arguments, audit), "bytes": content.size_bytes, "sha256": content.sha256}
+
+
+def _result(exchange: Exchange, audit: Audit) -> dict[str, Any]:
+    content = _answer(exchange, audit)
+    return {
+        **(_NOTHING_KEPT if content is None else _kept(content, audit.results, audit)),
+        "bytes": exchange.result_bytes,
+        "sha256": content.sha256 if content is not None and content.redacted else exchange.result_sha256,
+        "is_error": exchange.tool_failed,
+        "error_code": exchange.error_code,
+        "hidden": exchange.hidden,
+    }
+
+
+_NOTHING_KEPT: Final[Mapping[str, Any]] = {"content": None, "truncated": False, "redacted": False}
+
+
+def _answer(exchange: Exchange, audit: Audit) -> Content | None:
+    """Return what the server said; None when there was no answer, or none that was kept and can be read."""
+    if exchange.result is None:
+        return None
+    try:
+        answer = orjson.loads(exchange.result)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(answer, dict):
+        return None
+    return redact(answer.get("result", answer.get("error")), audit.redact)
+
+
+def _kept(content: Content, how: str, audit: Audit) -> dict[str, Any]:
+    if how != "full":
+        return {"content": None, "truncated": False, "redacted": content.redacted}
+    truncated = len(content.data) > audit.max_bytes
+    return {
+        "content": content.cut(audit.max_bytes) if truncated else orjson.Fragment(content.data),
+        "truncated": truncated,
+        "redacted": content.redacted,
+    }
+
+
+def _cut(text: str | None) -> str | None:
+    return text if text is None or len(text) <= MAX_TEXT_CHARS else text[:MAX_TEXT_CHARS] + "…"
+
+
+def _plain(value: Any) -> Any:
+    """Return *value* without what orjson refuses: surrogates escaped, integers beyond 64 bits as text."""
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case bool():
+            return value
+        case int():
+            return value if -(2**63) <= value < 2**64 else str(value)
+        case Mapping():
+            return {key: _plain(member) for key, member in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return value
