@@ -1,0 +1,158 @@
+"""Requirements on the redirect rules, with real packets between a caller's and a pod's network namespace."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parts import part
+
+pytestmark = pytest.mark.e2e
+
+POD = {4: "10.77.0.2", 6: "fd77::2"}
+CALLER = {4: "10.77.0.1", 6: "fd77::1"}
+
+# Answers every connection on a port with "<port>", on 15443 with "<port> <original port>".
+SERVER = """
+import selectors, socket, struct, sys
+selector = selectors.DefaultSelector()
+for port in (8080, 15020, 15443):
+    listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    selector.register(listener, selectors.EVENT_READ, port)
+print("listening", flush=True)
+while True:
+    for key, _ in selector.select():
+        connection, peer = key.fileobj.accept()
+        answer = str(key.data)
+        if key.data == 15443:
+            mapped = peer[0].startswith("::ffff:")
+            level, size = (socket.IPPROTO_IP, 16) if mapped else (socket.IPPROTO_IPV6, 28)
+            answer += " %d" % struct.unpack_from("!H", connection.getsockopt(level, 80, size), 2)[0]
+        connection.sendall(answer.encode())
+        connection.close()
+"""
+
+CLIENT = """
+import socket, sys
+try:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3) as connection:
+        print(connection.recv(100).decode())
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+def ip(*arguments: str) -> None:
+    """Run iproute2's program."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+class Wire:
+    """Two network namespaces, `pod` and `caller`."""
+
+    def __init__(self, name: str) -> None:
+        self.pod, self.caller = f"{name}-p", f"{name}-c"
+
+    def run(self, space: str, *command: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+        """Run to the end inside a namespace."""
+        inside = ["ip", "netns", "exec", space, *map(str, command)]
+        return subprocess.run(inside, input=text, capture_output=True, text=True, check=False, timeout=30)
+
+    def ask(self, space: str, host: str, port: int) -> str:
+        """What a connection from *space* is answered."""
+        return self.run(space, sys.executable, "-c", CLIENT, host, str(port)).stdout.strip()
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    """The pod's side has a server on 8080 (the application), 15020 and 15443."""
+    made = Wire(f"sg{os.getpid()}")
+    ends = ((made.pod, f"p{os.getpid()}", POD), (made.caller, f"c{os.getpid()}", CALLER))
+    with contextlib.ExitStack() as stack:
+        for space, _, _ in ends:
+            ip("netns", "add", space)
+            stack.callback(ip, "netns", "delete", space)
+        ip(
+            "link",
+            "add",
+            ends[0][1],
+            "netns",
+            made.pod,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            ends[1][1],
+            "netns",
+            made.caller,
+        )
+        for space, device, addresses in ends:
+            ip("-n", space, "link", "set", "lo", "up")
+            ip("-n", space, "address", "add", f"{addresses[4]}/24", "dev", device)
+            ip("-n", space, "address", "add", f"{addresses[6]}/64", "dev", device, "nodad")
+            ip("-n", space, "link", "set", device, "up")
+        for space in (made.pod, made.caller):
+            command = ["ip", "netns", "exec", space, sys.executable, "-u", "-c", SERVER]
+            server = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+            stack.callback(server.kill)
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"listening\n"
+        yield made
+
+
+@pytest.fixture
+def nft() -> Path:
+    """The real nft."""
+    return part("node-tools") / "nft"
+
+
+def load_in(wire: Wire, nft: Path) -> None:
+    """Load the rules as the init container does, in the pod's namespace."""
+    program = f"import pathlib; from sidecar.shell import net; net.load(pathlib.Path({str(nft)!r}))"
+    done = wire.run(wire.pod, sys.executable, "-c", program)
+    assert not done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_every_inbound_port_arrives_at_the_sidecar(wire: Wire, nft: Path, family: int) -> None:
+    """The sidecar gets what was meant for the application, and can tell its port; health stays itself."""
+    assert wire.ask(wire.caller, POD[family], 8080) == "8080"
+
+    load_in(wire, nft)
+
+    assert wire.ask(wire.caller, POD[family], 8080) == "15443 8080"
+    assert wire.ask(wire.caller, POD[family], 1) == "15443 1"
+    assert wire.ask(wire.caller, POD[family], 15020) == "15020"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_sidecar_reaches_the_application_and_the_application_the_world(wire: Wire, nft: Path, family: int) -> None:
+    """Loopback inside the pod and connections that the pod opens are not redirected."""
+    load_in(wire, nft)
+
+    assert wire.ask(wire.pod, {4: "127.0.0.1", 6: "::1"}[family], 8080) == "8080"
+    assert wire.ask(wire.pod, CALLER[family], 8080) == "8080"
+
+
+def test_a_connection_that_escapes_redirection_is_dropped(wire: Wire, nft: Path) -> None:
+    """Without the redirect, here taken away on purpose, nothing reaches the application either."""
+    load_in(wire, nft)
+    wire.run(wire.pod, nft, "flush", "chain", "inet", "sidegate", "inbound")
+
+    assert wire.ask(wire.caller, POD[4], 8080) == "TimeoutError"
+
+
+def test_loading_twice_leaves_one_set_of_rules(wire: Wire, nft: Path) -> None:
+    """A restarted init container does not pile up rules."""
+    load_in(wire, nft)
+    once = wire.run(wire.pod, nft, "list", "ruleset").stdout
+
+    load_in(wire, nft)
+
+    assert wire.run(wire.pod, nft, "list", "ruleset").stdout == once
+    assert once.count("redirect") == 1

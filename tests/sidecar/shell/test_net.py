@@ -1,0 +1,93 @@
+"""Requirements on the redirect rules: their text, and what is said when they cannot be loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from sidecar.errors import NetError
+from sidecar.shell import net
+
+GOLDEN = """\
+add table inet sidegate
+delete table inet sidegate
+table inet sidegate {
+	chain inbound {
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname "lo" accept
+		tcp dport { 15020, 15443 } accept
+		meta l4proto tcp redirect to :15443
+	}
+	chain guard {
+		type filter hook input priority filter; policy accept;
+		iifname "lo" accept
+		ct direction reply accept
+		tcp dport != { 15020, 15443 } drop
+	}
+}
+"""
+
+
+def a_program(path: Path, script: str) -> Path:
+    """An executable shell script in the place of nft."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_ruleset_is_the_reviewed_one() -> None:
+    """A change of the rules is a change of what is enforced, and shows as one."""
+    assert net.ruleset() == GOLDEN
+
+
+def test_missing_nft_is_named(tmp_path: Path) -> None:
+    """An image without nft says so instead of starting the pod unguarded."""
+    with pytest.raises(NetError, match=r"cannot run .*/nft: No such file or directory"):
+        net.load(tmp_path / "nft")
+
+
+def test_what_nft_said_reaches_the_operator(tmp_path: Path) -> None:
+    """A kernel or a Pod Security level that refuses the rules is told with its own words."""
+    nft = a_program(tmp_path / "nft", "cat >/dev/null; echo 'Operation not permitted' >&2; exit 1")
+
+    with pytest.raises(NetError, match="exit 1: Operation not permitted"):
+        net.load(nft)
+
+
+def test_rules_that_the_kernel_does_not_list_are_a_failure(tmp_path: Path) -> None:
+    """The word of nft is not enough: what is in force is read back."""
+    listing = GOLDEN.replace("\t\tmeta l4proto tcp redirect to :15443\n", "")
+    nft = a_program(tmp_path / "nft", f"cat >/dev/null\ncat <<'END'\n{listing}END")
+
+    with pytest.raises(NetError, match=r"does not list: meta l4proto tcp redirect to :15443$"):
+        net.load(nft)
+
+
+def test_nft_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pod's start fails within a bound."""
+    monkeypatch.setattr(net, "DEADLINE_S", 0.05)
+
+    with pytest.raises(NetError, match="did not end within"):
+        net.load(a_program(tmp_path / "nft", "exec sleep 60"))
+
+
+def test_failure_is_told_with_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The init container's last words say what went wrong and what to do; its exit code holds the pod back."""
+    monkeypatch.setattr(net.load, "__defaults__", (tmp_path / "nft",))
+
+    assert net.main() == 1
+    told = capsys.readouterr().err
+    assert told.startswith("sidegate-net: error: cannot run ")
+    assert "\nhint: " in told
+
+
+def test_success_says_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log of the init container states which ports are open."""
+    nft = a_program(tmp_path / "nft", f"cat >/dev/null\ncat <<'END'\n{GOLDEN}END")
+    monkeypatch.setattr(net.load, "__defaults__", (nft,))
+
+    assert net.main() == 0
+    assert capsys.readouterr().out == "sidegate-net: inbound TCP goes to port 15443, but for port 15020\n"
