@@ -1,0 +1,215 @@
+"""Keep the webhook's certificate, what the API server trusts, and the key that signs bundles, as rotation.py plans.
+
+Order matters: trust first (caBundle), then serve. Every replica does this for itself; the Secrets are where they agree,
+and a write that comes second starts over from what the first one wrote. A failure leaves what is served as it was.
+"""
+
+import asyncio
+import base64
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from certs.authority import Authority, make_key
+from certs.errors import BadCertificate
+from certs.tls import ServingServer
+from webhook.config import Settings
+from webhook.core.pod import JSON
+from webhook.core.rotation import Authorities, Lifetimes, due, needs_leaf
+from webhook.errors import KubeError
+from webhook.shell.kube import Kube
+
+log = logging.getLogger(__name__)
+
+PERIOD_S: Final = 10.0  # how soon a lost caBundle is put back; one small read each time
+ATTEMPTS: Final = 5  # more writers than replicas at the same moment
+MANAGER: Final = "sidegate"
+
+
+def utc_now() -> datetime:
+    """Return the wall clock, aware."""
+    return datetime.now(UTC)
+
+
+class Rotation:
+    """The serving certificate of one replica. Mutated by `step` alone."""
+
+    def __init__(
+        self, kube: Kube, server: ServingServer, settings: Settings, now: Callable[[], datetime] = utc_now
+    ) -> None:
+        self._kube = kube
+        self._server = server
+        self._secrets = Secrets(kube, settings.namespace)
+        self._service = {"name": settings.service, "namespace": settings.namespace}
+        host = f"{settings.service}.{settings.namespace}.svc"
+        self._dns_names = [host, f"{host}.cluster.local"]
+        self._secret = settings.ca_secret
+        self._configuration = (
+            f"/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/{settings.webhook_configuration}"
+        )
+        self._lifetimes = Lifetimes(
+            ca=timedelta(seconds=settings.ca_lifetime_s),
+            leaf=timedelta(seconds=settings.leaf_lifetime_s),
+            staging=timedelta(seconds=settings.staging_s),
+        )
+        self._now = now
+        self._leaf: x509.Certificate | None = None
+        self.is_trusted = False
+        self.problem = "no certificate yet"
+
+    @property
+    def leaf(self) -> x509.Certificate | None:
+        """The certificate that is served."""
+        return self._leaf
+
+    async def run(self) -> None:
+        """Step for ever."""
+        while True:
+            try:
+                await self.step()
+                self.problem = ""
+            except (KubeError, BadCertificate) as error:
+                # Said in readiness while there is nothing to serve, in the log ever after.
+                self.problem = str(error)
+                log.error("certificate not renewed", extra={"error": self.problem})  # noqa: TRY400 - the text says it all
+            await asyncio.sleep(PERIOD_S)
+
+    async def step(self) -> None:
+        """Bring Secret, caBundle and leaf up to date. Raises KubeError, BadCertificate."""
+        held = await self._authorities()
+        self.is_trusted = await self._publish(held.trusted_pem())
+        now = self._now()
+        if needs_leaf(self._leaf, held.current, now):
+            key = make_key()
+            leaf = held.current.sign_serving(
+                self._dns_names,
+                key.public_key(),
+                now=now,
+                lifetime=self._lifetimes.leaf,
+                serial=x509.random_serial_number(),
+            )
+            self._server.use(leaf.public_bytes(Encoding.PEM), _key_pem(key))
+            self._leaf = leaf
+            log.info("serving certificate issued", extra={"not_after": leaf.not_valid_after_utc.isoformat()})
+
+    async def _authorities(self) -> Authorities:
+        """Return the CAs after every step that is due has been written."""
+        for _ in range(ATTEMPTS):
+            secret = await self._secrets.read(self._secret)
+            held = Authorities.parse(self._secrets.data(secret))
+            wanted = due(held, self._now(), self._lifetimes, self._make)
+            if wanted is held:
+                return wanted
+            if await self._secrets.write(self._secret, secret, wanted.data()):
+                log.info(
+                    "certificate authority changed",
+                    extra={"signs": f"{wanted.current.certificate.serial_number:x}", "staged": bool(wanted.staged)},
+                )
+        raise KubeError(409, f"Secret {self._secret}: other writers were always faster")
+
+    def _make(self) -> Authority:
+        return Authority.make(
+            name="sidegate webhook CA",
+            key=make_key(),
+            now=self._now(),
+            lifetime=self._lifetimes.ca,
+            serial=x509.random_serial_number(),
+        )
+
+    async def _publish(self, ca_bundle: bytes) -> bool:
+        """Put *ca_bundle* into our webhooks where it differs; returns whether there are any."""
+        configuration = await self._kube.get(self._configuration)
+        if configuration is None:
+            raise KubeError(404, f"{self._configuration}: not there; is the chart installed?")
+        wanted = base64.b64encode(ca_bundle).decode()
+        # By name, and only what calls this Service: others may have put theirs into the same object.
+        ours = [
+            each
+            for each in configuration.get("webhooks") or ()
+            if self._service.items() <= (each["clientConfig"].get("service") or {}).items()
+        ]
+        stale = [each["name"] for each in ours if each["clientConfig"].get("caBundle") != wanted]
+        if stale:
+            webhooks = [{"name": name, "clientConfig": {"caBundle": wanted}} for name in stale]
+            await self._kube.merge(f"{self._configuration}?fieldManager={MANAGER}", {"webhooks": webhooks})
+            log.info("caBundle published", extra={"webhooks": stale})
+        return bool(ours)
+
+
+class Secrets:
+    """Secrets of our own namespace, made and replaced by several replicas at a time."""
+
+    def __init__(self, kube: Kube, namespace: str) -> None:
+        self._kube = kube
+        self._path = f"/api/v1/namespaces/{namespace}/secrets"
+
+    async def read(self, name: str) -> JSON | None:
+        """Return the Secret, None when there is none. Raises KubeError."""
+        return await self._kube.get(f"{self._path}/{name}")
+
+    @staticmethod
+    def data(secret: JSON | None) -> dict[str, bytes]:
+        """Return the decoded data of *secret*. Raises BadCertificate."""
+        try:
+            return {
+                key: base64.b64decode(text, validate=True) for key, text in ((secret or {}).get("data") or {}).items()
+            }
+        except ValueError as error:  # pragma: no cover - the API server stores nothing else
+            raise BadCertificate(f"Secret: {error}") from error
+
+    async def write(self, name: str, old: JSON | None, data: dict[str, bytes]) -> bool:
+        """Make the Secret, or replace *old*; returns False when somebody was faster. Raises KubeError."""
+        encoded = {key: base64.b64encode(value).decode() for key, value in data.items()}
+        try:
+            if old is None:
+                body = {
+                    "apiVersion": "v1",
+                    "kind": "Secret",
+                    "metadata": {"name": name},
+                    "type": "Opaque",
+                    "data": encoded,
+                }
+                await self._kube.create(self._path, body)
+            else:
+                await self._kube.replace(f"{self._path}/{name}", old | {"data": encoded})
+        except KubeError as error:
+            if error.status == 409:
+                return False
+            raise
+        return True
+
+
+async def signing_key(secrets: Secrets, name: str) -> ec.EllipticCurvePrivateKey:
+    """Return the key by which bundles are signed, made when there is none. Raises KubeError, BadCertificate."""
+    for _ in range(ATTEMPTS):
+        secret = await secrets.read(name)
+        pem = secrets.data(secret).get("signing.key")
+        if pem is not None:
+            return _parse_key(name, pem)
+        await secrets.write(name, secret, {"signing.key": _key_pem(make_key())})
+    raise KubeError(409, f"Secret {name}: other writers were always faster")
+
+
+def public_pem(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return the public half, as sidecars get it."""
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def _parse_key(name: str, pem: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise BadCertificate(f"Secret {name}: signing.key is no PEM private key") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise BadCertificate(f"Secret {name}: signing.key must be a P-256 key")
+    return key
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
