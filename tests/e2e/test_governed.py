@@ -41,7 +41,7 @@ def test_the_pod_comes_up_with_the_sidecar_first(governed: Governed) -> None:
     assert names[:2] == ["sidegate-net", "sidegate"]
     assert pod["spec"]["initContainers"][1]["restartPolicy"] == "Always"
     assert pod["metadata"]["labels"]["sidegate.dev/injected"]
-    assert json.loads(pod["metadata"]["annotations"]["sidegate.dev/status"])["capture"] == "redirect"
+    assert json.loads(pod["metadata"]["annotations"]["sidegate.dev/status"])["guarantee"] == "redirect"
     assert all(status["ready"] for status in pod["status"]["initContainerStatuses"])
 
 

@@ -21,7 +21,7 @@ REDIRECT = "https://agent.corp.example/callback"
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follow redirects until they leave for the client's own URL."""
 
-    def redirect_request(self, request, file, code, message, headers, url):  # noqa: ANN001 - the base class's
+    def redirect_request(self, request, file, code, message, headers, url):  # noqa: ANN001, ANN202 - the base class's
         """Return the next request; None ends at the redirect itself."""
         if url.startswith(REDIRECT):
             return None
