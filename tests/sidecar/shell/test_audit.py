@@ -1,0 +1,128 @@
+"""The audit sink keeps every line whole, never raises, and says when it fails."""
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sidecar.shell.audit import STDOUT, Audit
+from tests.sidecar.exchanges import a_call, a_refused_exchange, an_exchange
+
+
+def lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines()
+
+
+def test_each_exchange_is_on_disk_when_observe_returns(tmp_path: Path) -> None:
+    """Nothing is batched: a crash right after loses nothing."""
+    sink = tmp_path / "audit.jsonl"
+    audit = Audit(str(sink))
+
+    for count, exchange in enumerate((an_exchange(), a_refused_exchange()), start=1):
+        audit.observe(exchange)
+
+        assert count == len(lines(sink)) == audit.records
+    audit.close()
+
+
+def test_restart_appends(tmp_path: Path) -> None:
+    """A file that is there is kept."""
+    sink = tmp_path / "audit.jsonl"
+    for _ in range(2):
+        audit = Audit(str(sink))
+        audit.observe(an_exchange())
+        audit.close()
+
+    assert len(lines(sink)) == 2
+
+
+def test_file_is_not_for_everybody(tmp_path: Path) -> None:
+    """Records hold arguments: others must not read them."""
+    Audit(str(tmp_path / "audit.jsonl")).close()
+
+    assert (tmp_path / "audit.jsonl").stat().st_mode & 0o007 == 0
+
+
+def test_stdout_gets_the_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """The default sink; closing leaves standard output open."""
+    audit = Audit(STDOUT)
+    audit.observe(an_exchange())
+    audit.close()
+    os.write(1, b"still open\n")
+
+    record, rest = capfd.readouterr().out.splitlines()
+    assert json.loads(record)["message"]["tool"] == "read_schema"
+    assert rest == "still open"
+
+
+def test_full_disk_is_counted_and_shown_and_never_raised() -> None:
+    """/dev/full answers every write with ENOSPC."""
+    audit = Audit("/dev/full")
+
+    audit.observe(an_exchange())
+    audit.observe(an_exchange())
+
+    assert (audit.failed, audit.failures, audit.records) == (True, 2, 0)
+    audit.close()
+
+
+def test_recovered_sink_is_no_longer_failed(tmp_path: Path) -> None:
+    """`failed` is about the last record; the count of lost ones stays."""
+    audit = Audit("/dev/full")
+    audit.observe(an_exchange())
+    _redirect(audit, tmp_path / "audit.jsonl")
+    audit.observe(an_exchange())
+
+    assert (audit.failed, audit.failures, audit.records) == (False, 1, 1)
+    audit.close()
+
+
+def _redirect(audit: Audit, path: Path) -> None:
+    """Let the sink's descriptor lead to *path*, as when space is made on a full disk."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, audit._fd)
+    os.close(file)
+
+
+def test_line_after_a_torn_one_starts_anew(tmp_path: Path) -> None:
+    """A sink that took half a line must not make the next one unreadable."""
+    audit = Audit(str(tmp_path / "audit.jsonl"))
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    os.dup2(write_end, audit._fd)
+    _leave_one_page(read_end, write_end)
+
+    audit.observe(an_exchange(a_call("t", {"a": "x" * 7000}), status=500))
+
+    assert audit.failed
+    _drain(read_end)
+    audit.observe(an_exchange(status=201))
+    rest, whole = _drain(read_end).splitlines()
+    assert rest == b""  # ends the torn line
+    assert json.loads(whole)["http"]["status"] == 201
+    audit.close()
+    os.close(read_end)
+    os.close(write_end)
+
+
+def _leave_one_page(read_end: int, write_end: int) -> None:
+    """Fill the pipe but for 4,096 bytes: a longer line is then taken in part."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x" * 4096)
+    os.read(read_end, 4096)
+
+
+def _drain(read_end: int) -> bytes:
+    return os.read(read_end, 2**20)
+
+
+def test_sink_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
+    """A path that is wrong is the operator's to correct, at once."""
+    with pytest.raises(OSError) as raised:
+        Audit(str(tmp_path / "missing" / "audit.jsonl"))
+
+    assert raised.value.errno == errno.ENOENT

@@ -1,0 +1,285 @@
+"""Every exchange has one record, bounded and complete; docs/reference/audit-record.md is its schema."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from certs.spiffe import SpiffeId
+from sidecar.core.authorise import Agent
+from sidecar.core.message import Message, Prompt, Resource, Shape, Tool, parse
+from sidecar.core.profile import Audit
+from sidecar.errors import Reason, Refusal
+from sidecar.exchange import Exchange
+from sidecar.record import FIELDS, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, timestamp
+from tests.sidecar.exchanges import (
+    AGENT,
+    STARTED_NS,
+    a_call,
+    a_connection,
+    a_profile,
+    a_refused_exchange,
+    an_exchange,
+    an_unreadable_exchange,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "audit-record.md"
+
+
+def written(exchange: Exchange) -> Any:
+    text = line(exchange)
+    assert text.endswith(b"\n")
+    assert text.count(b"\n") == 1
+    return json.loads(text)
+
+
+def test_allowed_call_says_who_what_and_why() -> None:
+    """An admitted call's record names the human, the workload, the tool, the policy and its revision."""
+    record = written(an_exchange(a_call("read_schema", {"table": "invoices"})))
+
+    assert record["schema"] == SCHEMA
+    assert record["time"] == "2026-11-22T12:20:00.123456789Z"
+    assert (record["who"]["user"]["id"], record["who"]["user"]["issuer"]) == ("alice", "https://id.test")
+    assert str(AGENT) == record["who"]["workload"]
+    assert record["message"]["tool"] == "read_schema"
+    assert record["arguments"]["content"] == {"table": "invoices"}
+    assert record["result"]["content"] == {"content": [{"type": "text", "text": "ok"}]}
+    assert (record["decision"]["outcome"], record["decision"]["reason"]) == ("allowed", None)
+    assert record["decision"]["policies"] == ["analysts-read"]
+    assert record["decision"]["revision"] == "a1b2"
+    assert record["limits"] == ["per-user"]
+
+
+def test_refused_call_says_what_was_asked_and_never_sent() -> None:
+    """A denial keeps the question, its reason and the operator's detail; there is no result."""
+    record = written(a_refused_exchange(message=a_call("drop_table", {"name": "invoices"})))
+
+    assert record["decision"] == {
+        "outcome": "refused",
+        "reason": "denied",
+        "detail": "forbid-deletes",
+        "policies": [],
+        "revision": "a1b2",
+    }
+    assert record["message"]["tool"] == "drop_table"
+    assert record["arguments"]["content"] == {"name": "invoices"}
+    assert record["result"] is None
+
+
+def test_call_that_failed_behind_us_counts_as_allowed() -> None:
+    """It reached the server and may have had its effect: the record must not say that it was stopped."""
+    record = written(an_exchange(refusal=Refusal(Reason.UPSTREAM, "the server closed"), result=None))
+
+    assert (record["decision"]["outcome"], record["decision"]["reason"]) == ("allowed", "upstream")
+    assert record["result"]["content"] is None
+
+
+def test_unreadable_message_has_a_record() -> None:
+    """Bytes that are no message leave who is known: the address and the verified SVID."""
+    record = written(an_unreadable_exchange())
+
+    assert record["message"] is None
+    assert record["arguments"] is None
+    assert {"user": None, "workload": str(AGENT), "client": "10.0.0.9:41234"} == record["who"]
+    assert record["decision"]["reason"] == "malformed"
+
+
+def test_before_any_profile_no_content_is_kept() -> None:
+    """Nothing says yet what may be kept, so only sizes and hashes are."""
+    exchange = a_refused_exchange(Reason.NOT_READY, message=a_call("t", {"a": "private"}))
+
+    record = written(replace(exchange, profile=None))
+
+    assert record["server"] is None
+    assert record["arguments"]["content"] is None
+    assert len(record["arguments"]["sha256"]) == 64
+
+
+def test_secrets_are_hidden_in_arguments_and_results() -> None:
+    """The profile's names hold for what goes in and for what comes out."""
+    answer = b'{"jsonrpc":"2.0","id":7,"result":{"structuredContent":{"token":"tok-1"}}}'
+
+    text = line(an_exchange(a_call("login", {"user": "a", "Password": "hunter2"}), result=answer))
+
+    assert b"hunter2" not in text
+    assert b"tok-1" not in text
+    record = json.loads(text)
+    assert record["arguments"]["content"] == {"user": "a", "Password": "[redacted]"}
+    assert (record["arguments"]["redacted"], record["result"]["redacted"]) == (True, True)
+    assert record["result"]["sha256"] != "5e" * 32  # the answer's own hash covers the token
+
+
+def test_token_claims_and_session_id_are_never_kept() -> None:
+    """Only the claims of the schema are; a session id could still be used."""
+    text = line(an_exchange())
+
+    assert b"not for the record" not in text
+    assert b"8a1f-session" not in text
+    assert fingerprint("8a1f-session") == json.loads(text)["session"]
+
+
+def test_session_standing_in_for_the_agent_session_is_hashed_too() -> None:
+    """The pipeline names the MCP session where the caller names no session of its own."""
+    text = line(an_exchange(agent=Agent(session="8a1f-session")))
+
+    assert b"8a1f-session" not in text
+    assert fingerprint("8a1f-session") == json.loads(text)["agent"]["session"]
+
+
+def test_hash_mode_keeps_sizes_and_hashes_only() -> None:
+    """`audit.arguments: hash` and `audit.results: hash`."""
+    profile = a_profile(audit=Audit(arguments="hash", results="hash"))
+
+    record = written(an_exchange(a_call("t", {"a": "private"}), profile=profile))
+
+    assert (record["arguments"]["content"], record["arguments"]["truncated"]) == (None, False)
+    assert record["arguments"]["bytes"] == 15
+    assert record["result"]["content"] is None
+    assert record["result"]["sha256"] == "5e" * 32
+
+
+def test_large_content_is_cut_and_says_so() -> None:
+    """What exceeds `max_bytes` is kept as the beginning of its text."""
+    record = written(an_exchange(a_call("t", {"a": "x" * 100}), profile=a_profile(audit=Audit(max_bytes=10))))
+
+    assert record["arguments"]["content"] == '{"a":"xxxx'
+    assert record["arguments"]["truncated"]
+    assert record["arguments"]["bytes"] == 108
+
+
+@pytest.mark.parametrize("answer", [b"not json", b"[1]", None])
+def test_answer_that_cannot_be_read_leaves_size_and_hash(answer: bytes | None) -> None:
+    """An answer that was too large or is odd does not break the line."""
+    record = written(an_exchange(result=answer, result_bytes=9_000_000))
+
+    assert (record["result"]["content"], record["result"]["bytes"]) == (None, 9_000_000)
+
+
+def test_error_of_the_server_is_kept() -> None:
+    """A JSON-RPC error is the answer."""
+    answer = b'{"jsonrpc":"2.0","id":7,"error":{"code":-32602,"message":"no such tool"}}'
+
+    record = written(an_exchange(result=answer, error_code=-32602))
+
+    assert record["result"]["content"] == {"code": -32602, "message": "no such tool"}
+    assert record["result"]["error_code"] == -32602
+
+
+def test_prompts_and_resources_are_named() -> None:
+    """Each kind of target has its own member."""
+    prompt = Message(
+        shape=Shape.REQUEST, method="prompts/get", target=Prompt(name="p", arguments={"a": "b"}), params={}
+    )
+    resource = Message(shape=Shape.REQUEST, method="resources/read", target=Resource(uri="file:///a"), params={})
+
+    assert _named(written(an_exchange(prompt)), "prompt") == ("p", {"a": "b"})
+    assert _named(written(an_exchange(resource)), "resource") == ("file:///a", None)
+
+
+def _named(record: Any, kind: str) -> tuple[str, Any]:
+    return record["message"][kind], record["arguments"] and record["arguments"]["content"]
+
+
+def test_what_a_caller_chooses_is_bounded() -> None:
+    """A tool's name of a megabyte does not make a record of a megabyte."""
+    exchange = an_exchange(
+        Message(shape=Shape.REQUEST, method="tools/call", id=1, target=Tool(name="x" * 2**20, arguments={}), params={}),
+        connection=a_connection(path="/" + "p" * 2**20),
+        protocol_version="v" * 2**20,
+        agent=Agent(session="s" * 2**20, client_name="c" * 2**20, client_version="d" * 2**20),
+        refusal=Refusal(Reason.DENIED, "", detail="e" * 2**20),
+    )
+
+    assert len(line(exchange)) < 8 * (MAX_TEXT_CHARS + 3) + 2048
+
+
+@given(
+    request_id=st.integers() | st.text(st.characters(), max_size=40),
+    name=st.text(st.characters(), max_size=40),
+    arguments=st.dictionaries(st.text(), st.text(st.characters()) | st.integers() | st.none(), max_size=4),
+    code=st.integers(),
+    result=st.binary(max_size=60),
+)
+def test_line_is_total_and_one_line(
+    request_id: str | int, name: str, arguments: dict[str, Any], code: int, result: bytes
+) -> None:
+    """Whatever a caller or server sends, the record is one line of JSON."""
+    message = Message(
+        shape=Shape.REQUEST,
+        method="tools/call",
+        id=request_id,
+        target=Tool(name=name, arguments=arguments),
+        params={},
+    )
+
+    record = written(an_exchange(message, error_code=code, result=result, session_id=name))
+
+    assert (arguments or {}) == record["arguments"]["content"]
+
+
+@given(unix_ns=st.integers(min_value=0, max_value=4_000_000_000 * 10**9))
+def test_timestamp_keeps_every_nanosecond(unix_ns: int) -> None:
+    """Two records of the same second can be put in order."""
+    text = timestamp(unix_ns)
+
+    assert len("2026-11-22T12:20:00.123456789Z") == len(text)
+    assert unix_ns % 10**9 == int(text[20:29])
+
+
+def test_caller_refused_before_it_is_a_principal_is_named() -> None:
+    """A workload that may not call has a verified SVID all the same."""
+    record = written(a_refused_exchange(Reason.FORBIDDEN_CALLER, principal=None))
+
+    assert str(SpiffeId.parse("spiffe://a.test/ns/agents/sa/planner")) == record["who"]["workload"]
+
+
+def _paths(value: Any, prefix: str = "") -> set[str]:
+    """Return the dotted paths of *value*; below `content` it is the caller's."""
+    if not isinstance(value, dict) or prefix.endswith("content."):
+        return set()
+    return {prefix + key for key in value}.union(*(_paths(value[key], f"{prefix}{key}.") for key in value))
+
+
+def test_schema_names_every_member_and_no_other() -> None:
+    """FIELDS and the record agree; the fullest record shows every member."""
+    assert {path for path, _, _ in FIELDS} == _paths(written(an_exchange(a_call("t", {"a": 1}))))
+
+
+def test_members_that_may_be_null_say_so() -> None:
+    """A reader of the schema is not surprised by null."""
+    nullable = {path for path, kind, _ in FIELDS if kind.endswith("?") or kind == "any"}
+    bare = [written(an_unreadable_exchange()), written(a_refused_exchange()), written(an_exchange())]
+
+    seen = {path for record in bare for path in _paths(record) if _at(record, path) is None}
+
+    assert seen <= nullable
+
+
+def _at(record: Any, path: str) -> Any:
+    for step in path.split("."):
+        record = record[step]
+    return record
+
+
+def test_reference_page_shows_the_schema() -> None:
+    """docs/reference/audit-record.md has one row for each member, in order."""
+    rows = [f"| `{path}` | {kind} | {meaning} |" for path, kind, meaning in FIELDS]
+
+    assert rows == [row for row in PAGE.read_text().splitlines() if row.startswith("| `")]
+
+
+def test_readable_message_round_trips_its_id() -> None:
+    """An id keeps its type: 7 and "7" are different calls."""
+    for request_id in (7, "7"):
+        message = parse(orjson.dumps({"jsonrpc": "2.0", "id": request_id, "method": "ping"}))
+        assert request_id == written(an_exchange(message))["message"]["id"]
+
+
+def test_start_is_the_moment_of_the_record() -> None:
+    """The record's time is the exchange's start, not the moment of writing."""
+    assert timestamp(STARTED_NS) == written(an_exchange())["time"]
