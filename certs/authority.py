@@ -39,7 +39,7 @@ class Authority:
     key: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @classmethod
-    def make(  # noqa: PLR0913 - each is a field of the certificate, and all are keywords
+    def make(
         cls,
         *,
         name: str,
@@ -141,7 +141,7 @@ def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
-def _certificate(  # noqa: PLR0913, PLR0917 - private, called with the same six everywhere
+def _certificate(
     subject: x509.Name,
     public_key: ec.EllipticCurvePublicKey,
     issuer: Authority | None,

@@ -101,7 +101,7 @@ class _Stream(Protocol):
 class EmbeddedWorkloadApi:
     """The Workload API on a unix socket. Mutated by its own methods, on the loop that runs it."""
 
-    def __init__(  # noqa: PLR0913 - all keywords but the first two
+    def __init__(
         self,
         socket: Path,
         domain: EmbeddedDomain,

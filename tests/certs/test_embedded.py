@@ -37,10 +37,10 @@ async def test_the_socket_is_for_its_owner_only(socket: Path) -> None:
     agent = an_agent(socket)
     async with running(agent):
         await agent.started.wait()
-        mode = stat.S_IMODE(socket.stat().st_mode)  # noqa: ASYNC240 - a local socket
+        mode = stat.S_IMODE(socket.stat().st_mode)
 
     assert mode == 0o600
-    assert not socket.exists()  # noqa: ASYNC240 - same
+    assert not socket.exists()
 
 
 async def test_svids_are_rotated_without_being_asked(socket: Path) -> None:
