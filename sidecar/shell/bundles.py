@@ -1,0 +1,181 @@
+"""Pulls the workload's policy bundle from the control plane, and keeps the last good one on disk.
+
+Refuses a bundle that does not verify, does not load, or was made for another workload: the one before stays in force.
+The control plane must show its own SVID, and this pod's SVID decides which bundle it gets. OPA documentation,
+"Bundles": ETag, long polling.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+
+from certs.errors import CertsError
+from certs.spiffe import SpiffeId, SpiffePattern
+from certs.tls import MutualClient
+from sidecar.config import Settings
+from sidecar.core.bundle import Bundle, Limits, decode, public_keys
+from sidecar.errors import BundleError, ConfigError
+
+log = logging.getLogger(__name__)
+
+POLL_S: Final = 30  # how long the control plane may hold a request while nothing changes
+ANSWER_S: Final = 15.0  # beyond that, for the answer itself
+RETRY_S: Final = (0.5, 30.0)  # first and longest wait after a failure
+LAST_GOOD: Final = "bundle.tar.gz"
+MAX_TEXT_BYTES: Final = 256  # of an error that the control plane answers with
+
+
+class PullError(Exception):
+    """The control plane gave no bundle; the message says why."""
+
+
+class BundleSource:
+    """The way from the control plane to `activate`. `run` in the root TaskGroup."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        session: aiohttp.ClientSession,
+        client: MutualClient,
+        activate: Callable[[Bundle], Awaitable[None]],
+    ) -> None:
+        """*activate* puts a bundle in force, or raises BundleError. Raises ConfigError when a setting is missing."""
+        wanted = ("namespace", "pod", "workload", "control_plane", "control_plane_id", "bundle_keys")
+        absent = [f"SIDEGATE_{name.upper()}" for name in wanted if not getattr(settings, name)]
+        if absent:
+            raise ConfigError(f"needed to pull a bundle, and not set: {', '.join(absent)}")
+        try:
+            self._keys = public_keys(settings.bundle_keys)
+            self._expected = SpiffePattern.exactly(SpiffeId.parse(settings.control_plane_id))
+        except (BundleError, CertsError) as error:
+            raise ConfigError(str(error)) from error
+        self._settings = settings
+        self._session = session
+        self._client = client
+        self._activate = activate
+        self._url = f"{settings.control_plane.rstrip('/')}/v1/bundles/{settings.pod}"
+        self._path = Path(settings.bundle_dir) / LAST_GOOD if settings.bundle_dir else None
+        self._etag: str | None = None
+        self._refused = ""  # why the bundle that the etag names was not put in force
+        self._confirmed_at_s: float | None = None  # Unix time: it must outlive the process
+        self.detail = "not asked yet"
+
+    @property
+    def age_s(self) -> float | None:
+        """Return the seconds since the control plane last confirmed the bundle in force; None before any."""
+        return None if self._confirmed_at_s is None else max(0.0, time.time() - self._confirmed_at_s)
+
+    @property
+    def is_stale(self) -> bool:
+        """Say whether the bundle in force is too old to be enforced any longer."""
+        limit_s, age_s = self._settings.bundle_max_age_s, self.age_s
+        return bool(limit_s) and age_s is not None and age_s > limit_s
+
+    async def run(self) -> None:
+        """Start from disk, then ask for ever; returns only by cancellation."""
+        await self._start_from_disk()
+        failures = 0
+        while True:
+            try:
+                await self._pull()
+            except (PullError, BundleError) as error:
+                self.detail = str(error)
+                failures += 1
+                log.warning("no bundle from the control plane", extra={"error": self.detail})
+            else:
+                failures = 0
+                self.detail = self._refused or "confirmed"
+            if failures or self._refused:
+                wait_s = min(RETRY_S[1], RETRY_S[0] * 2 ** min(failures, 10))
+                await asyncio.sleep(random.uniform(wait_s / 2, wait_s))  # noqa: S311 - not a secret
+
+    async def _pull(self) -> None:
+        """Ask once; put a new bundle in force. Raises PullError."""
+        headers = {"Prefer": f"modes=snapshot;wait={POLL_S}"}
+        if self._etag is not None:
+            headers["If-None-Match"] = self._etag
+        try:
+            context = self._client.context(self._expected)
+            async with (
+                asyncio.timeout(POLL_S + ANSWER_S),
+                self._session.get(self._url, ssl=context, headers=headers, allow_redirects=False) as response,
+            ):
+                limit = Limits().packed_bytes if response.status == 200 else MAX_TEXT_BYTES
+                data = await _read(response, limit)
+                status, etag = response.status, response.headers.get("ETag")
+        except (aiohttp.ClientError, OSError, TimeoutError, CertsError) as error:
+            raise PullError(f"{self._url}: {error or type(error).__name__}") from error
+        if status == 304:
+            if not self._refused:
+                self._confirm()
+            return
+        if status != 200:
+            raise PullError(f"{self._url}: HTTP {status}: {data.decode(errors='replace').strip()}")
+        self._etag = etag
+        try:
+            await self._put_in_force(data)
+        except BundleError as error:
+            self._refused = f"bundle refused: {error}"
+            log.error("bundle refused", extra={"error": str(error), "etag": etag})  # noqa: TRY400 - not a defect of ours
+            return
+        self._refused = ""
+        self._keep(data)
+        self._confirm()
+
+    async def _put_in_force(self, data: bytes) -> None:
+        bundle = decode(data, self._keys)
+        server, settings = bundle.profile.server, self._settings
+        if (server.namespace, server.workload) != (settings.namespace, settings.workload):
+            raise BundleError(f"sidegate.json: made for {server.namespace}/{server.workload}")
+        await self._activate(bundle)
+
+    async def _start_from_disk(self) -> None:
+        if self._path is None or not self._path.exists():
+            return
+        try:
+            await self._put_in_force(self._path.read_bytes())
+            self._confirmed_at_s = self._path.stat().st_mtime
+        except (OSError, BundleError) as error:
+            log.warning("the kept bundle is of no use", extra={"error": str(error)})
+            return
+        self.detail = "kept from an earlier run, not confirmed yet"
+
+    def _confirm(self) -> None:
+        self._confirmed_at_s = time.time()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def _keep(self, data: bytes) -> None:
+        """Write the bundle so that a crash leaves the old or the new one, never half."""
+        if self._path is None:
+            return
+        half = self._path.with_suffix(".new")
+        try:
+            with half.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            half.replace(self._path)
+        except OSError as error:
+            log.warning("the bundle could not be kept", extra={"error": str(error)})
+
+
+async def _read(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    """Return the body; raises PullError beyond *limit_bytes* of a bundle, cuts a text there."""
+    data = bytearray()
+    async for piece in response.content.iter_any():
+        data += piece
+        if len(data) > limit_bytes:
+            if response.status == 200:
+                raise PullError(f"the bundle is larger than {limit_bytes} bytes")
+            break
+    return bytes(data[:limit_bytes])
