@@ -14,6 +14,7 @@ from sidecar.core.limits import Admission, Buckets, admit
 from sidecar.core.message import Message, Shape, parse
 from sidecar.core.profile import Profile
 from sidecar.core.session import Sessions
+from sidecar.core.trace import of_message
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 
@@ -58,6 +59,9 @@ def judge(exchange: Exchange, snapshot: Snapshot, memory: Memory, *, now_s: floa
     check_endpoint(connection, snapshot)
     principal = exchange.principal = authenticate(connection, snapshot.trust, now_s)
     message = exchange.message = read(connection)
+    context = of_message(message.params)
+    if context is not None:
+        exchange.trace_id, exchange.parent_id, exchange.sampled = context.trace_id, context.parent_id, context.sampled
     exchange.protocol_version = connection.header(b"mcp-protocol-version")
     agent = exchange.agent = _agent(exchange, message, memory)
     question = Question(

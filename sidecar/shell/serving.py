@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
+from sidecar.core import trace
 from sidecar.core.authorise import Engine
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey
@@ -72,17 +73,17 @@ class Serving:
         """Return the record of a request that has just come."""
         self.in_flight += 1
         snapshot = self.snapshot
-        context = tracing.context(connection)
+        context = trace.parse(dict(connection.headers).get(b"traceparent", b"").decode("latin-1"))
         return Exchange(
             connection=connection,
             profile=None if snapshot is None else snapshot.profile,
             revision="" if snapshot is None else snapshot.revision,
             started_ns=time.time_ns(),
             clock_s=time.monotonic(),
-            trace_id=context.trace_id,
-            span_id=context.span_id,
-            parent_id=context.parent_id,
-            sampled=context.sampled,
+            trace_id=tracing.new_trace_id() if context is None else context.trace_id,
+            span_id=tracing.new_span_id(),
+            parent_id=None if context is None else context.parent_id,
+            sampled=context is None or context.sampled,
         )
 
     def admit(self, exchange: Exchange, requester: Requester) -> None:
