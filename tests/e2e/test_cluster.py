@@ -11,10 +11,14 @@ from tests.cluster import images
 from tests.cluster.cluster import Cluster, CommandError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from tests.cluster.spire import Spire
 
 pytestmark = pytest.mark.e2e
 
+_EVERYTHING = "/opt/node_modules/@modelcontextprotocol/server-everything/dist/index.js"
 _SOCKET = "/spiffe-workload-api/spire-agent.sock"
 
 
@@ -199,7 +203,7 @@ def test_the_collector_writes_the_spans_it_receives(here: Workspace) -> None:
     here.cluster.load_image(images.collector())
     configuration = {
         "receivers": {"otlp": {"protocols": {"http": {"endpoint": "0.0.0.0:4318"}}}},
-        "exporters": {"file": {"path": "/tmp/traces.json", "flush_interval": "100ms"}},  # noqa: S108 - in the container
+        "exporters": {"file": {"path": "/tmp/traces.json", "flush_interval": "100ms"}},
         "service": {"pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["file"]}}},
     }
     write = f"echo '{json.dumps(configuration)}' >/tmp/collector.yaml && exec /opt/otelcol --config /tmp/collector.yaml"
@@ -222,8 +226,50 @@ def test_the_collector_writes_the_spans_it_receives(here: Workspace) -> None:
     here.kubectl("exec", "otelcol", "--", "sh", "-c", post)
 
     def written() -> str:
-        return here.kubectl("exec", "otelcol", "--", "cat", "/tmp/traces.json")  # noqa: S108
+        return here.kubectl("exec", "otelcol", "--", "cat", "/tmp/traces.json")
 
     here.cluster.wait_until("the span is in the file", lambda: span["traceId"] in written())
     line = json.loads(written().splitlines()[0])
     assert line["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["name"] == "tools/call"
+
+
+@pytest.mark.parametrize(
+    ("make", "command"),
+    [
+        (lambda: images.python("localhost/mcp-python:1", "mcp==2.3.0"), ("python", "-c", "import mcp; print('works')")),
+        (
+            lambda: images.node("localhost/mcp-node:1", "mcp-server-everything"),
+            ("sh", "-c", f"node {_EVERYTHING} help 2>&1 | grep 'Available transports' && echo works"),
+        ),
+        (images.kubernetes_mcp_server, ("sh", "-c", "/opt/kubernetes-mcp-server --version && echo works")),
+    ],
+    ids=["python", "node", "kubernetes-mcp-server"],
+)
+def test_a_workload_image_runs(here: Workspace, make: Callable[[], images.Image], command: tuple[str, ...]) -> None:
+    """Images made here start under containerd and find what they were made with."""
+    image = make()
+    here.cluster.load_image(image)
+    pod = a_pod("once", {**a_container("once", *command), "image": image.reference}, restartPolicy="Never")
+    here.kubectl("apply", "--filename=-", input=json.dumps(pod))
+
+    here.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/once", "--timeout=60s")
+    assert "works" in here.kubectl("logs", "once")
+
+
+def test_an_image_built_from_a_dockerfile_runs(here: Workspace, tmp_path: Path) -> None:
+    """RUN steps install from PyPI; the result is loaded and runs."""
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text(
+        "ARG PYTHON_IMAGE\nARG OPA_IMAGE\nFROM ${OPA_IMAGE} AS opa\nFROM ${PYTHON_IMAGE}\n"
+        "RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir msgspec==0.22.0\n"
+        "COPY --from=opa /opa /usr/local/bin/opa\n"
+        'CMD ["sh", "-c", "/venv/bin/python -c \'import msgspec\' && opa version"]\n'
+    )
+    arguments = {"PYTHON_IMAGE": images.python(), "OPA_IMAGE": images.opa()}
+    image = images.build(dockerfile, tmp_path, tag="localhost/built:1", arguments=arguments)
+    here.cluster.load_image(image)
+    container = {"name": "once", "image": image.reference, "imagePullPolicy": "Never"}
+    here.kubectl("apply", "--filename=-", input=json.dumps(a_pod("once", container, restartPolicy="Never")))
+
+    here.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/once", "--timeout=60s")
+    assert "1.22.2" in here.kubectl("logs", "once")
