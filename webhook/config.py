@@ -5,7 +5,7 @@ Refuses an unknown `SIDEGATE_` variable and every unusable value, all of them in
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffeId
@@ -149,13 +149,13 @@ class Settings:
     )
 
     # What a workload gets that says nothing else; a namespace can only tighten it.
-    mtls: str = _setting(
+    mtls: Literal["strict", "permissive"] = _setting(
         _one_of("strict", "permissive"), "Whether callers must show an SVID (strict) or may.", default="strict"
     )
-    user: str = _setting(
+    user: Literal["required", "optional"] = _setting(
         _one_of("required", "optional"), "Whether a call needs a user's access token.", default="required"
     )
-    audit_content: str = _setting(
+    audit_content: Literal["full", "hash"] = _setting(
         _one_of("full", "hash"), "Whether audit records hold arguments and results, or their hashes.", default="full"
     )
     otlp_endpoint: str = _setting(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")

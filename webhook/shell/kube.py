@@ -79,7 +79,7 @@ class Kube:
         except (config.ConfigException, OSError) as error:
             raise KubeError(0, f"no access to the Kubernetes API: {error}") from error
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close all connections."""
         await self._client.close()  # type: ignore[no-untyped-call]
 

@@ -1,0 +1,49 @@
+"""The control plane's entry point: the environment is read here, once."""
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import uvloop
+
+from sidecar.shell import logs
+from webhook.config import Settings
+from webhook.errors import BadSetting, KubeError
+from webhook.shell import opa
+from webhook.shell.app import App
+from webhook.shell.kube import Kube
+
+
+async def serve(settings: Settings) -> None:
+    """Run the control plane until SIGTERM or SIGINT. Raises KubeError when there are no credentials."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    kube = await Kube.open(settings.kubeconfig)
+    async with contextlib.aclosing(kube):
+        compile_files = functools.partial(opa.files, opa=opa.Opa(Path(settings.opa)))
+        app = App(settings, version=metadata.version("sidegate"), kube=kube, compile_files=compile_files)
+        await app.run(stop)
+
+
+def main() -> int:
+    """Run the control plane; return the exit status."""
+    try:
+        settings = Settings.from_env(os.environ)  # noqa: TID251 - the one place
+        logs.configure(settings.log_level)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings))
+    except (BadSetting, KubeError) as error:
+        print(f"sidegate: error: {error}", file=sys.stderr)  # noqa: T201 - the log may not be configured yet
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

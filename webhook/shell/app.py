@@ -1,0 +1,238 @@
+"""The control plane's process: listeners, readiness, the life of its tasks, and a stop that loses no pod.
+
+Ready means: the certificate is served and trusted, the resources are known, and a golden pod comes out right. Neither
+readiness nor admission waits for SPIRE: what starts SPIRE may itself be waiting for us. Stopping: readiness fails at
+once, calls are served for `linger_s` more, as API servers keep their connections to pods that are going
+(kubernetes#127335), each with `Connection: close`; then the listeners close and the tasks end.
+"""
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import Mapping
+from typing import Final
+
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from certs.errors import BadCertificate
+from certs.spiffe import SpiffeId
+from certs.tls import MutualServer, ServingServer
+from certs.workload import X509Source
+from sidecar.config import Capture, LogLevel
+from sidecar.config import Settings as SidecarSettings
+from sidecar.core.profile import Audit, Telemetry
+from webhook.config import Settings
+from webhook.core.container import Amounts, Template
+from webhook.core.effective import Defaults
+from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
+from webhook.core.pod import JSON
+from webhook.core.resources import ServerProfileSpec
+from webhook.errors import KubeError
+from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
+from webhook.shell.bundles import BundleEndpoint, Bundles
+from webhook.shell.controllers import Compile, Controller
+from webhook.shell.kube import Kube
+from webhook.shell.metrics import CONTENT_TYPE, Metrics
+from webhook.shell.rotate import Rotation, Secrets, public_pem, signing_key
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S: Final = 5.0  # for requests in flight once the listeners are closed; long polls are cut then
+KEY_RETRY_S: Final = 2.0
+_GOLDEN: Final[JSON] = {
+    "metadata": {"name": "golden", "labels": {SERVER_LABEL: "true"}},
+    "spec": {"containers": [{"name": "app", "image": "app", "ports": [{"containerPort": 8080}]}]},
+}
+
+
+class App:
+    """One replica of the control plane. Mutated by `run` and the tasks it starts."""
+
+    def __init__(self, settings: Settings, *, version: str, kube: Kube, compile_files: Compile) -> None:
+        self._settings = settings
+        self._version = version
+        self._kube = kube
+        self._compile_files = compile_files
+        self._metrics = Metrics()
+        self._bundles = Bundles()
+        self._serving = ServingServer()
+        self._mutual = MutualServer()
+        self._source = X509Source(settings.spiffe_socket)
+        self._rotation = Rotation(kube, self._serving, settings)
+        self._controller: Controller | None = None
+        self._template: Template | None = None
+        self._is_stopping = False
+        self.ports: dict[str, int] = {}
+        self.started = asyncio.Event()
+
+    def template(self) -> Template:
+        """Return the template for pods. Raises NotReady until there is a key that signs their bundles."""
+        if self._template is None:
+            raise NotReady("no key to sign bundles yet")
+        return self._template
+
+    def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:
+        """Return the profiles of *namespace*. Raises NotReady, BadResource."""
+        if self._controller is None:
+            raise NotReady("no key to sign bundles yet")
+        return self._controller.profiles(namespace)
+
+    def problems(self) -> list[str]:
+        """Return why this replica is not ready; nothing when it is."""
+        problems = []
+        if self._is_stopping:
+            problems.append("stopping")
+        if self._rotation.leaf is None:
+            problems.append(f"certificate: {self._rotation.problem}")
+        elif not self._rotation.is_trusted:
+            problems.append("caBundle: no webhook of the configuration calls this Service")
+        if self._controller is None or self._template is None:
+            problems.append("bundle-signing key: not there yet")
+        elif not self._controller.is_synced:
+            problems.append("resources: not listed yet")
+        elif not passes_golden_pod(self._template):
+            problems.append("self-test: the golden pod does not come out right")
+        return problems
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until *stop* is set, then for `linger_s` more."""
+        async with asyncio.TaskGroup() as tasks, contextlib.AsyncExitStack() as listeners:
+            running = [
+                tasks.create_task(self._source.run(), name="workload-api"),
+                tasks.create_task(self._rotation.run(), name="rotation"),
+                tasks.create_task(self._control(), name="control"),
+            ]
+            self._source.subscribe(self._mutual.follow)
+            await self._listen(listeners)
+            self.started.set()
+            await stop.wait()
+            self._is_stopping = True
+            log.info("stopping", extra={"linger_s": self._settings.linger_s})
+            await asyncio.sleep(self._settings.linger_s)
+            await listeners.aclose()
+            for task in running:
+                task.cancel()
+        log.info("stopped")
+
+    async def _control(self) -> None:
+        key = await self._signing_key()
+        self._controller = Controller(self._bundles, self._compile_files, key, defaults(self._settings), self._metrics)
+        self._template = template(self._settings, self._version, key)
+        await self._controller.run(self._kube)
+
+    async def _signing_key(self) -> ec.EllipticCurvePrivateKey:
+        secrets = Secrets(self._kube, self._settings.namespace)
+        while True:
+            try:
+                return await signing_key(secrets, self._settings.signing_secret)
+            except (KubeError, BadCertificate) as error:
+                log.error("no key to sign bundles", extra={"error": str(error)})  # noqa: TRY400 - the text says it all
+                await asyncio.sleep(KEY_RETRY_S)
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
+        admission = self._application(client_max_size=MAX_BODY_BYTES)
+        admission.router.add_post("/mutate/{policy}", Admission(self, self._metrics).mutate)
+        bundles = self._application(client_max_size=0)
+        trust_domain = SpiffeId.parse(self._settings.control_plane_id).trust_domain
+        bundles.router.add_get("/v1/bundles/{pod}", BundleEndpoint(self._bundles, trust_domain, self._metrics).get)
+        health = self._application(client_max_size=0)
+        health.router.add_get("/livez", self._livez)
+        health.router.add_get("/healthz", self._livez)
+        health.router.add_get("/readyz", self._readyz)
+        health.router.add_get("/metrics", self._render)
+        for name, application, port, context in (
+            ("admission", admission, self._settings.admission_port, self._serving.context),
+            ("bundles", bundles, self._settings.bundles_port, self._mutual.context),
+            ("metrics", health, self._settings.metrics_port, None),
+        ):
+            self.ports[name] = await self._serve(stack, application, port, context)
+        log.info("serving", extra={"ports": self.ports})
+
+    async def _serve(
+        self, stack: contextlib.AsyncExitStack, application: web.Application, port: int, context: ssl.SSLContext | None
+    ) -> int:
+        # A caller that has gone is not worked for: a long poll would otherwise live on.
+        runner = web.AppRunner(
+            application, access_log=None, handler_cancellation=True, shutdown_timeout=CLOSE_TIMEOUT_S
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        site = web.TCPSite(runner, self._settings.listen_host, port, ssl_context=context)
+        await site.start()
+        address = runner.addresses[0]
+        return int(address[1])
+
+    def _application(self, *, client_max_size: int) -> web.Application:
+        application = web.Application(client_max_size=client_max_size)
+        application.on_response_prepare.append(self._close_when_stopping)
+        return application
+
+    async def _close_when_stopping(self, _request: web.Request, response: web.StreamResponse) -> None:
+        if self._is_stopping:
+            response.force_close()
+
+    async def _livez(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        problems = self.problems()
+        return web.Response(status=503 if problems else 200, text="\n".join(problems or ["ok"]) + "\n")
+
+    async def _render(self, _request: web.Request) -> web.Response:
+        if self._rotation.leaf is not None:
+            self._metrics.leaf_expiry.set(self._rotation.leaf.not_valid_after_utc.timestamp())
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def template(settings: Settings, version: str, key: ec.EllipticCurvePrivateKey) -> Template:
+    """Return what pods are made of, by the operator's *settings*; *key* signs their bundles."""
+    return Template(
+        version=version,
+        revision=settings.revision,
+        image=settings.image,
+        image_pull_policy=settings.image_pull_policy,
+        image_pull_secrets=settings.image_pull_secrets,
+        capture=Capture(settings.capture),
+        weakest_capture=Capture(settings.weakest_capture),
+        excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
+        sidecar=SidecarSettings(
+            spiffe_socket=settings.spiffe_socket,
+            control_plane=f"https://{settings.service}.{settings.namespace}.svc:8443",
+            control_plane_id=settings.control_plane_id,
+            bundle_keys=public_pem(key),
+            bundle_max_age_s=settings.bundle_max_age_s,
+            otlp_endpoint=settings.otlp_endpoint,
+            log_level=LogLevel(settings.sidecar_log_level),
+        ),
+        amounts=Amounts(
+            cpu_m=settings.sidecar_cpu,
+            cpu_limit_m=settings.sidecar_cpu_limit,
+            memory_bytes=settings.sidecar_memory,
+            memory_limit_bytes=settings.sidecar_memory_limit,
+        ),
+    )
+
+
+def defaults(settings: Settings) -> Defaults:
+    """Return what a workload gets that says nothing else."""
+    content = settings.audit_content
+    return Defaults(
+        mtls=settings.mtls,
+        user=settings.user,
+        audit=Audit(arguments=content, results=content),
+        telemetry=Telemetry(otlp_endpoint=settings.otlp_endpoint or None),
+    )
+
+
+def passes_golden_pod(template_: Template) -> bool:
+    """Return whether a plain pod is injected, and left alone the second time."""
+
+    def judged(pod: JSON) -> Inject | None:
+        decision = decide(pod, namespace="golden", policy=NamespacePolicy.OPTIONAL, profiles={}, template=template_)
+        return decision if isinstance(decision, Inject) else None
+
+    first = judged(_GOLDEN)
+    second = judged(first.pod) if first else None
+    return bool(first and first.operations and second and not second.operations)

@@ -1,0 +1,176 @@
+"""The bundle endpoint: each sidecar gets the bundle of its own pod, told by its SVID, as soon as there is a new one.
+
+Refuses callers of another trust domain, namespace or service account, and an SVID that has run out since the handshake.
+Bundles are kept in memory only; they can be made again at any time from what the API server holds.
+Source: Open Policy Agent documentation, bundle service API (ETag, If-None-Match, Prefer: wait).
+"""
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+from aiohttp import web
+
+from certs.spiffe import TrustDomain
+from certs.tls import peer_of
+from webhook.shell.metrics import Metrics
+
+MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
+MAX_WAIT_S: Final = 60.0  # below the idle limits of proxies and NATs on the way
+RETRY_AFTER_S: Final = "1"
+_WAIT: Final = re.compile(r"(?:^|[;,\s])wait=([0-9]{1,4})(?:$|[;,\s])", re.ASCII)
+
+PodKey = tuple[str, str]
+"""Namespace and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A bundle and its revision."""
+
+    data: bytes = field(repr=False)
+    revision: str
+
+
+class Entry:
+    """What one pod may have. Mutated by Bundles alone."""
+
+    __slots__ = ("changed", "problem", "published", "service_account")
+
+    def __init__(self, service_account: str) -> None:
+        self.service_account = service_account
+        self.published: Published | None = None
+        self.problem = "not compiled yet"
+        self.changed = asyncio.Event()
+
+    def wake(self) -> None:
+        """Let everybody who waits for a change look again."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Bundles:
+    """The bundles of all pods; as many as there are injected pods, with the bytes shared among replicas of a workload."""
+
+    def __init__(self) -> None:
+        self._entries: dict[PodKey, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, pod: PodKey) -> Entry | None:
+        """Return the entry of *pod*."""
+        return self._entries.get(pod)
+
+    def track(self, pod: PodKey, service_account: str) -> None:
+        """Let *pod*, which runs as *service_account*, ask; a pod of another account is another pod."""
+        entry = self._entries.get(pod)
+        if entry is None or entry.service_account != service_account:
+            self.forget(pod)
+            self._entries[pod] = Entry(service_account)
+
+    def forget(self, pod: PodKey) -> None:
+        """Answer nothing for *pod* any more."""
+        entry = self._entries.pop(pod, None)
+        if entry:
+            entry.wake()
+
+    def publish(self, pod: PodKey, published: Published) -> None:
+        """Hand out *published* to *pod* from now on."""
+        entry = self._entries.get(pod)
+        if entry:
+            entry.problem = ""
+            if entry.published is None or entry.published.revision != published.revision:
+                entry.published = published
+                entry.wake()
+
+    def fail(self, pod: PodKey, problem: str) -> None:
+        """Say *problem* while *pod* has no bundle; the last good one stays."""
+        entry = self._entries.get(pod)
+        if entry:
+            entry.problem = problem
+
+
+def utc_now() -> datetime:
+    """Return the wall clock, aware."""
+    return datetime.now(UTC)
+
+
+class BundleEndpoint:
+    """The handler of `/v1/bundles/{pod}`."""
+
+    def __init__(
+        self, bundles: Bundles, trust_domain: TrustDomain, metrics: Metrics, now: Callable[[], datetime] = utc_now
+    ) -> None:
+        self._bundles = bundles
+        self._trust_domain = trust_domain
+        self._metrics = metrics
+        self._now = now
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        """Return the bundle, or why there is none."""
+        try:
+            response = await self._answer(request)
+        except web.HTTPException as error:
+            self._metrics.bundle_requests.labels(str(error.status)).inc()
+            raise
+        self._metrics.bundle_requests.labels(str(response.status)).inc()
+        return response
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        pod, service_account = self._caller(request)
+        wait_s = _wait_s(request.headers.get("Prefer", ""))
+        known = request.headers.get("If-None-Match", "").strip().strip('"')
+        try:
+            async with asyncio.timeout(wait_s):
+                while True:
+                    entry = self._entry(pod, service_account)
+                    if entry.published and entry.published.revision != known:
+                        break
+                    await entry.changed.wait()
+        except TimeoutError:
+            entry = self._entry(pod, service_account)
+        if entry.published is None:
+            raise web.HTTPServiceUnavailable(
+                text=f"pod {'/'.join(pod)}: {entry.problem}", headers={"Retry-After": RETRY_AFTER_S}
+            )
+        headers = {"ETag": f'"{entry.published.revision}"'}
+        if entry.published.revision == known:
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=entry.published.data, content_type=MEDIA_TYPE, headers=headers)
+
+    def _caller(self, request: web.Request) -> tuple[PodKey, str]:
+        """Return which pod is asked for, and as which service account. Raises HTTPForbidden."""
+        peer = peer_of(request.transport) if request.transport else None
+        if peer is None:
+            raise web.HTTPForbidden(text="no SVID was shown")
+        if self._now() > peer.not_after:
+            raise web.HTTPForbidden(text="the SVID of this connection has expired; connect again", headers=_CLOSE)
+        caller = peer.spiffe_id
+        if caller.trust_domain != self._trust_domain:
+            raise web.HTTPForbidden(text=f"{caller}: only workloads of {self._trust_domain} have bundles here")
+        if caller.namespace is None or caller.service_account is None:
+            raise web.HTTPForbidden(text=f"{caller}: not of the form /ns/<namespace>/sa/<service account>")
+        return (caller.namespace, request.match_info["pod"]), caller.service_account
+
+    def _entry(self, pod: PodKey, service_account: str) -> Entry:
+        entry = self._bundles.find(pod)
+        if entry is None:
+            raise web.HTTPNotFound(
+                text=f"no injected pod {'/'.join(pod)} is known", headers={"Retry-After": RETRY_AFTER_S}
+            )
+        if entry.service_account != service_account:
+            raise web.HTTPForbidden(text=f"pod {'/'.join(pod)} does not run as service account {service_account}")
+        return entry
+
+
+_CLOSE: Final = {"Connection": "close"}
+
+
+def _wait_s(prefer: str) -> float:
+    """Return the seconds that the caller prefers to wait for a change, 0 when it says nothing."""
+    found = _WAIT.search(prefer)
+    return min(float(found[1]), MAX_WAIT_S) if found else 0.0
