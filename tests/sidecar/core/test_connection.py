@@ -1,0 +1,103 @@
+"""sidecar.core.connection: which headers are read, and which travel on."""
+
+import pytest
+
+from sidecar.core.connection import check_origin, forwarded_headers, returned_headers
+from sidecar.errors import Reason, Refusal
+from tests.builders import a_connection
+
+
+def test_a_header_is_read_by_its_name() -> None:
+    """Absent is None, and not empty."""
+    connection = a_connection(headers=[(b"accept", b"*/*"), (b"empty", b"")])
+
+    assert ("*/*", "", None) == tuple(connection.header(name) for name in (b"accept", b"empty", b"absent"))
+
+
+def test_a_header_given_twice_is_refused_where_it_is_read() -> None:
+    """Servers differ in which of the two they take."""
+    connection = a_connection(headers=[(b"mcp-session-id", b"a"), (b"mcp-session-id", b"a")])
+
+    with pytest.raises(Refusal, match="mcp-session-id is given more than once") as caught:
+        connection.header(b"mcp-session-id")
+
+    assert caught.value.reason is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"authorization",
+        b"connection",
+        b"content-length",
+        b"cookie",
+        b"expect",
+        b"forwarded",
+        b"host",
+        b"keep-alive",
+        b"mcp_session_id",
+        b"origin",
+        b"proxy-authorization",
+        b"sidegate-agent-session",
+        b"sidegate-user",
+        b"te",
+        b"traceparent",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-forwarded-client-cert",
+        b"x-forwarded-for",
+        b"x_anything",
+    ],
+)
+def test_what_belongs_to_this_hop_does_not_travel_on(name: bytes) -> None:
+    """Neither hop-by-hop fields, nor credentials, nor ours, nor aliases of any."""
+    assert forwarded_headers([(name, b"1"), (b"accept", b"*/*")]) == [(b"accept", b"*/*")]
+
+
+def test_other_headers_travel_on_byte_for_byte() -> None:
+    """Order, repetition and odd bytes included: routing headers are compared by servers."""
+    headers = [(b"mcp-name", b"=?base64?eA==?="), (b"x", b"1"), (b"x", b"\xff\t2"), (b"last-event-id", b"9")]
+
+    assert headers == forwarded_headers(headers)
+
+
+def test_nominated_headers_do_not_travel_on() -> None:
+    """RFC 9110, 7.6.1."""
+    headers = [(b"connection", b"close, X-Hop ,\tX-Too"), (b"x-hop", b"1"), (b"x-too", b"1"), (b"x", b"1")]
+
+    assert [(b"x", b"1")] == forwarded_headers(headers) == returned_headers(headers)
+
+
+def test_a_caller_cannot_hide_from_the_server_what_was_judged() -> None:
+    """MCP's own headers are end to end whatever Connection says."""
+    headers = [(b"connection", b"mcp-session-id"), (b"mcp-session-id", b"s")]
+
+    assert forwarded_headers(headers) == [(b"mcp-session-id", b"s")]
+
+
+def test_the_servers_headers_travel_back() -> None:
+    """But for those of its own hop."""
+    headers = [(b"mcp-session-id", b"s"), (b"content-length", b"3"), (b"transfer-encoding", b"chunked"), (b"x_y", b"1")]
+
+    assert returned_headers(headers) == [(b"mcp-session-id", b"s"), (b"x_y", b"1")]
+
+
+@pytest.mark.parametrize("origin", [b"https://mcp.test", b"http://mcp.test"])
+def test_an_origin_of_ours_may_call(origin: bytes) -> None:
+    """Whatever the scheme: TLS may end before us."""
+    check_origin(a_connection(headers=[(b"origin", origin)]), frozenset({"mcp.test"}))
+
+
+def test_without_an_origin_there_is_nothing_to_judge() -> None:
+    """Only browsers send one."""
+    check_origin(a_connection(), frozenset())
+
+
+@pytest.mark.parametrize("origin", [b"null", b"", b"https://evil.test", b"mcp.test", b"https://mcp.test:8443", b"https://"])
+def test_any_other_origin_is_refused(origin: bytes) -> None:
+    """A browser's page of another site: DNS rebinding."""
+    with pytest.raises(Refusal) as caught:
+        check_origin(a_connection(headers=[(b"origin", origin)]), frozenset({"mcp.test"}))
+
+    assert caught.value.reason is Reason.FORBIDDEN_CALLER

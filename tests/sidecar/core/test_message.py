@@ -1,0 +1,285 @@
+"""sidecar.core.message: one unambiguous message, or a refusal that says why."""
+
+import json
+import math
+from typing import Any
+
+import msgspec
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sidecar.core.message import (
+    MAX_DEPTH,
+    MAX_ID,
+    MAX_ID_CHARS,
+    NOTIFICATIONS,
+    REQUESTS,
+    Listing,
+    Message,
+    Prompt,
+    Resource,
+    Shape,
+    Tool,
+    parse,
+)
+from sidecar.errors import Reason, Refusal
+from tests.builders import a_call, a_request
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+MEMBERS = st.sampled_from(["jsonrpc", "method", "params", "id", "result", "error", "name", "arguments", "uri", "ref"])
+NEARLY = st.fixed_dictionaries(
+    {},
+    optional={
+        "jsonrpc": st.sampled_from(["2.0", "1.0", 2.0]),
+        "id": JSON,
+        "method": st.sampled_from(sorted(REQUESTS) + sorted(NOTIFICATIONS)) | JSON,
+        "params": st.dictionaries(MEMBERS, JSON, max_size=3) | JSON,
+        "result": JSON,
+        "error": JSON,
+    },
+)
+
+
+def refused(body: bytes) -> Refusal:
+    """Return the refusal of *body*."""
+    with pytest.raises(Refusal) as caught:
+        parse(body)
+    return caught.value
+
+
+@given(st.binary(max_size=200) | NEARLY.map(lambda document: json.dumps(document).encode()) | st.text().map(str.encode))
+@example(b"")
+@example(b"[" * 2000)
+@example(b'{"a":' * 500 + b"1" + b"}" * 500)
+def test_any_bytes_give_a_message_or_a_refusal(body: bytes) -> None:
+    """Whatever comes, parse ends in one of two ways, and never in another exception."""
+    try:
+        message = parse(body)
+    except Refusal as refusal:
+        assert refusal.reason in (Reason.MALFORMED, Reason.UNKNOWN_METHOD)
+    else:
+        assert isinstance(message, Message)
+        assert message.body is body
+
+
+@given(NEARLY, st.sampled_from([None, 1]), st.booleans())
+def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: int | None, ascii_only: bool) -> None:  # noqa: FBT001 - drawn by hypothesis
+    """What passes is read alike by the standard library, orjson and msgspec."""
+    body = json.dumps(document, indent=indent, ensure_ascii=ascii_only).encode()
+    try:
+        message = parse(body)
+    except Refusal:
+        return
+    for read in (json.loads, orjson.loads, msgspec.json.decode):
+        again = read(body)
+        assert again.get("method", "response") == message.method
+        assert again.get("id") == message.id
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        pytest.param(b"", "one JSON document", id="empty"),
+        pytest.param(b"{}{}", "one JSON document", id="two documents"),
+        pytest.param(a_call() + b" x", "one JSON document", id="trailing garbage"),
+        pytest.param(b"\xef\xbb\xbf" + a_call(), "one JSON document", id="byte order mark"),
+        pytest.param(a_call().decode().encode("utf-16"), "one JSON document", id="UTF-16"),
+        pytest.param(a_call().decode().encode("utf-32-le"), "one JSON document", id="UTF-32"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":NaN}', "one JSON document", id="NaN"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":Infinity}', "one JSON document", id="Infinity"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":1e400}', "", id="a number beyond doubles"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\\ud800"}', "one JSON document", id="lone surrogate"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\\udc00\\ud800"}', "one JSON", id="surrogates swapped"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\xed\xa0\x80"}', "one JSON", id="surrogate as bytes"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\xff"}', "one JSON document", id="no UTF-8"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":' + b"9" * 5000 + b"}", "one JSON", id="huge integer"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/list"}', "twice", id="duplicate method"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","\\u006dethod":"x"}', "twice", id="duplicate by escape"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":1,"a":1}}', "twice", id="duplicate in depth"),
+        pytest.param(b"[" + a_call() + b"]", "batch", id="batch"),
+        pytest.param(b"[]", "batch", id="empty batch"),
+        pytest.param(b'"ping"', "object", id="string"),
+        pytest.param(b"null", "object", id="null"),
+        pytest.param(b'{"id":1,"method":"ping"}', "jsonrpc", id="no version"),
+        pytest.param(b'{"jsonrpc":2.0,"id":1,"method":"ping"}', "jsonrpc", id="version as number"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","result":{}}', "both", id="request and response"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","error":{}}', "both", id="request and error"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}', "both", id="result and error"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1}', "has a method", id="neither"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"Method":"ping"}', "has a method", id="method in another case"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":7}', "method must be a string", id="method is a number"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', "params must be", id="params by position"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":null}', "params must be", id="params null"),
+        pytest.param(b'{"jsonrpc":"2.0","id":null,"method":"ping"}', "id must be", id="id null"),
+        pytest.param(b'{"jsonrpc":"2.0","id":true,"method":"ping"}', "id must be", id="id true"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1.0,"method":"ping"}', "id must be", id="id 1.0"),
+        pytest.param(b'{"jsonrpc":"2.0","id":{},"method":"ping"}', "id must be", id="id object"),
+        pytest.param(b'{"jsonrpc":"2.0","id":9223372036854775808,"method":"ping"}', "id must be", id="id beyond 64 bit"),
+        pytest.param(b'{"jsonrpc":"2.0","result":{}}', "id must be", id="response without id"),
+        pytest.param(a_request("ping", request_id="x" * (MAX_ID_CHARS + 1)), "id must be", id="id too long"),
+        pytest.param(a_request("tools/call", {}), "params.name", id="call without name"),
+        pytest.param(a_request("tools/call", {"name": 7}), "params.name", id="call of a number"),
+        pytest.param(a_request("tools/call", {"name": "x", "arguments": []}), "arguments", id="arguments by position"),
+        pytest.param(a_request("resources/read", {}), "params.uri", id="read without uri"),
+        pytest.param(a_request("completion/complete", {"ref": "x"}), "params.ref", id="reference is text"),
+        pytest.param(a_request("completion/complete", {"ref": {"type": "ref/tool"}}), "params.ref", id="unknown reference"),
+    ],
+)
+def test_what_two_readers_could_understand_differently_is_refused(body: bytes, why: str) -> None:
+    """Each ambiguity is MALFORMED, and says which."""
+    refusal = refused(body)
+
+    assert refusal.reason is Reason.MALFORMED
+    assert why in refusal.public
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_nesting_is_allowed_up_to_the_cap(extra: int) -> None:
+    """MAX_DEPTH levels pass, one more does not."""
+    inner = MAX_DEPTH - 3 + extra  # the message, params and arguments are three
+    body = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":{"a":%b%b}}}'
+    body %= (b"[" * inner, b"]" * inner)
+
+    if extra:
+        assert "nested deeper" in refused(body).public
+    else:
+        assert parse(body).shape is Shape.REQUEST
+
+
+def test_many_shallow_brackets_are_no_depth() -> None:
+    """Only nesting counts, not the number of lists, and a bracket in a string is none."""
+    arguments = {"rows": [[] for _ in range(200)], "text": "[" * 100}
+
+    assert isinstance(parse(a_call(arguments=arguments)).target, Tool)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "target"),
+    [
+        ("initialize", {}, None),
+        ("ping", {}, None),
+        ("server/discover", {}, None),
+        ("logging/setLevel", {"level": "debug"}, None),
+        ("tools/list", {}, Listing.TOOLS),
+        ("prompts/list", {}, Listing.PROMPTS),
+        ("resources/list", {}, Listing.RESOURCES),
+        ("resources/templates/list", {}, Listing.TEMPLATES),
+        ("tools/call", {"name": "x "}, Tool(name="x ", arguments={})),
+        ("tools/call", {"name": "x", "arguments": None}, Tool(name="x", arguments={})),
+        ("prompts/get", {"name": "x", "arguments": {"a": "b"}}, Prompt(name="x", arguments={"a": "b"})),
+        ("resources/read", {"uri": "db://a"}, Resource(uri="db://a")),
+        ("resources/subscribe", {"uri": "db://a"}, Resource(uri="db://a")),
+        ("resources/unsubscribe", {"uri": "db://a"}, Resource(uri="db://a")),
+        ("completion/complete", {"ref": {"type": "ref/prompt", "name": "x"}}, Prompt(name="x", arguments={})),
+        ("completion/complete", {"ref": {"type": "ref/resource", "uri": "db://{a}"}}, Resource(uri="db://{a}")),
+    ],
+)
+def test_each_request_is_authorised_on_its_target(method: str, params: dict[str, Any], target: object) -> None:
+    """The table says what a request is about, exactly as it was written."""
+    message = parse(a_request(method, params))
+
+    assert (Shape.REQUEST, method, 7, target) == (message.shape, message.method, message.id, message.target)
+
+
+def test_every_known_request_is_tried_above() -> None:
+    """No method enters the table without a case in the test before."""
+    marks = test_each_request_is_authorised_on_its_target.pytestmark  # type: ignore[attr-defined]
+
+    assert set(REQUESTS) == {case[0] for case in marks[0].args[1]}
+
+
+@pytest.mark.parametrize("method", ["tools/destroy", "Tools/call", "tools/call ", "notifications/initialized", ""])
+def test_an_unknown_request_is_refused_with_its_id(method: str) -> None:
+    """A method outside the table goes no further, and the caller's SDK finds its call again."""
+    refusal = refused(a_request(method, {"name": "x"}, request_id="r-1"))
+
+    assert (Reason.UNKNOWN_METHOD, "r-1") == (refusal.reason, refusal.id)
+
+
+@pytest.mark.parametrize("method", ["tools/call", "ping", "notifications/unknown"])
+def test_an_unknown_notification_is_refused(method: str) -> None:
+    """A call without an id is no notification of MCP's: some servers would run it."""
+    refusal = refused(b'{"jsonrpc":"2.0","method":"%b","params":{"name":"x"}}' % method.encode())
+
+    assert (Reason.UNKNOWN_METHOD, None) == (refusal.reason, refusal.id)
+
+
+@pytest.mark.parametrize("method", sorted(NOTIFICATIONS))
+def test_a_known_notification_passes(method: str) -> None:
+    """What clients send unasked is read as that."""
+    message = parse(b'{"jsonrpc":"2.0","method":"%b"}' % method.encode())
+
+    assert (Shape.NOTIFICATION, None, None) == (message.shape, message.id, message.target)
+
+
+@pytest.mark.parametrize("outcome", [b'"result":{}', b'"error":{"code":1,"message":""}'])
+def test_an_answer_of_the_client_passes(outcome: bytes) -> None:
+    """Answers to sampling and elicitation requests are responses."""
+    message = parse(b'{"jsonrpc":"2.0","id":3,%b}' % outcome)
+
+    assert (Shape.RESPONSE, 3) == (message.shape, message.id)
+
+
+@pytest.mark.parametrize("request_id", [0, -1, MAX_ID, -MAX_ID, "", "x" * MAX_ID_CHARS, "1"])
+def test_an_id_is_kept_as_it_is(request_id: str | int) -> None:
+    """1 and "1" are two ids; both may be echoed."""
+    kept = parse(a_request("ping", request_id=request_id)).id
+
+    assert request_id == kept
+    assert type(request_id) is type(kept)
+
+
+def test_a_refusal_of_bad_parameters_carries_the_id() -> None:
+    """The caller's SDK finds its call again only by the id."""
+    assert refused(a_request("tools/call", {}, request_id=9)).id == 9
+
+
+def test_long_integers_of_arguments_are_exact() -> None:
+    """A policy sees the number that the server will see, not the nearest double."""
+    target = parse(b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":{"n":%d}}}' % 10**29).target
+
+    assert isinstance(target, Tool)
+    assert target.arguments == {"n": 10**29}
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_finite_numbers_pass(number: float) -> None:
+    """Whatever way a client writes a double."""
+    target = parse(b'{"jsonrpc":"2.0", "id":1,"method":"tools/call","params":{"name":"x","arguments":{"n":%b}}}' % repr(number).encode()).target  # fmt: skip # noqa: E501
+
+    assert isinstance(target, Tool)
+    assert math.isclose(target.arguments["n"], number, rel_tol=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "label"),
+    [
+        (Tool(name="x", arguments={}), "tool 'x'"),
+        (Prompt(name="x", arguments={}), "prompt 'x'"),
+        (Resource(uri="db://x"), "resource 'db://x'"),
+    ],
+)
+def test_a_target_is_called_by_its_kind_and_name(target: Tool | Prompt | Resource, label: str) -> None:
+    """That is what a refusal says."""
+    assert label == target.label
+
+
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [
+        (Tool(name="x", arguments={}), "tools/call"),
+        (Prompt(name="x", arguments={}), "prompts/get"),
+        (Resource(uri="db://x"), "resources/read"),
+    ],
+)
+def test_a_listed_item_is_judged_by_the_message_that_uses_it(target: Tool | Prompt | Resource, method: str) -> None:
+    """A listing shows what could be called."""
+    message = parse(a_request("tools/list")).about(target)
+
+    assert (method, target) == (message.method, message.target)
