@@ -23,6 +23,9 @@ SCHEMA: Final = "sidegate.audit/v1"
 MAX_TEXT_CHARS: Final = 1024  # of a name, URI, path or detail; longer ones end in an ellipsis
 SESSION_HASH_CHARS: Final = 16  # of the SHA-256 of a session id: tells sessions apart, opens none
 
+TOOL_ERROR: Final = "tool_error"  # the tool ran, and says that it failed
+ABORTED: Final = "aborted"  # the answer did not reach its end
+
 # Path, type, meaning. A row of type `object` is followed by its members; `?`: null when not known or not applicable.
 FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("time", "string", "When the message's first byte was read: RFC 3339, UTC, nanoseconds."),
@@ -165,6 +168,17 @@ def _second(unix_s: int) -> str:
 def fingerprint(session_id: str) -> str:
     """Return what stands for *session_id* where the id itself must not be kept."""
     return sha256(session_id.encode(errors="backslashreplace")).hexdigest()[:SESSION_HASH_CHARS]
+
+
+def error_type(exchange: Exchange) -> str:
+    """Return `error.type` of OpenTelemetry's conventions: a reason, a JSON-RPC code …; empty when all went well."""
+    if exchange.refusal is not None:
+        return exchange.refusal.reason
+    if exchange.error_code is not None:
+        return str(exchange.error_code)
+    if exchange.tool_failed:
+        return TOOL_ERROR
+    return "" if exchange.aborted is None else ABORTED
 
 
 _STRICTEST: Final = Audit(arguments="hash", results="hash")  # before there is a profile, nothing says what may be kept

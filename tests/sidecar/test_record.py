@@ -31,7 +31,7 @@ from tests.sidecar.exchanges import (
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "audit-record.md"
 
 
-def written(exchange: Exchange) -> Any:
+def _written(exchange: Exchange) -> Any:
     text = line(exchange)
     assert text.endswith(b"\n")
     assert text.count(b"\n") == 1
@@ -40,7 +40,7 @@ def written(exchange: Exchange) -> Any:
 
 def test_allowed_call_says_who_what_and_why() -> None:
     """An admitted call's record names the human, the workload, the tool, the policy and its revision."""
-    record = written(an_exchange(a_call("read_schema", {"table": "invoices"})))
+    record = _written(an_exchange(a_call("read_schema", {"table": "invoices"})))
 
     assert record["schema"] == SCHEMA
     assert record["time"] == "2026-11-22T12:20:00.123456789Z"
@@ -57,7 +57,7 @@ def test_allowed_call_says_who_what_and_why() -> None:
 
 def test_refused_call_says_what_was_asked_and_never_sent() -> None:
     """A denial keeps the question, its reason and the operator's detail; there is no result."""
-    record = written(a_refused_exchange(message=a_call("drop_table", {"name": "invoices"})))
+    record = _written(a_refused_exchange(message=a_call("drop_table", {"name": "invoices"})))
 
     assert record["decision"] == {
         "outcome": "refused",
@@ -73,7 +73,7 @@ def test_refused_call_says_what_was_asked_and_never_sent() -> None:
 
 def test_call_that_failed_behind_us_counts_as_allowed() -> None:
     """It reached the server and may have had its effect: the record must not say that it was stopped."""
-    record = written(an_exchange(refusal=Refusal(Reason.UPSTREAM, "the server closed"), result=None))
+    record = _written(an_exchange(refusal=Refusal(Reason.UPSTREAM, "the server closed"), result=None))
 
     assert (record["decision"]["outcome"], record["decision"]["reason"]) == ("allowed", "upstream")
     assert record["result"]["content"] is None
@@ -81,7 +81,7 @@ def test_call_that_failed_behind_us_counts_as_allowed() -> None:
 
 def test_unreadable_message_has_a_record() -> None:
     """Bytes that are no message leave who is known: the address and the verified SVID."""
-    record = written(an_unreadable_exchange())
+    record = _written(an_unreadable_exchange())
 
     assert record["message"] is None
     assert record["arguments"] is None
@@ -93,7 +93,7 @@ def test_before_any_profile_no_content_is_kept() -> None:
     """Nothing says yet what may be kept, so only sizes and hashes are."""
     exchange = a_refused_exchange(Reason.NOT_READY, message=a_call("t", {"a": "private"}))
 
-    record = written(replace(exchange, profile=None))
+    record = _written(replace(exchange, profile=None))
 
     assert record["server"] is None
     assert record["arguments"]["content"] is None
@@ -135,7 +135,7 @@ def test_hash_mode_keeps_sizes_and_hashes_only() -> None:
     """`audit.arguments: hash` and `audit.results: hash`."""
     profile = a_profile(audit=Audit(arguments="hash", results="hash"))
 
-    record = written(an_exchange(a_call("t", {"a": "private"}), profile=profile))
+    record = _written(an_exchange(a_call("t", {"a": "private"}), profile=profile))
 
     assert (record["arguments"]["content"], record["arguments"]["truncated"]) == (None, False)
     assert record["arguments"]["bytes"] == 15
@@ -145,7 +145,7 @@ def test_hash_mode_keeps_sizes_and_hashes_only() -> None:
 
 def test_large_content_is_cut_and_says_so() -> None:
     """What exceeds `max_bytes` is kept as the beginning of its text."""
-    record = written(an_exchange(a_call("t", {"a": "x" * 100}), profile=a_profile(audit=Audit(max_bytes=10))))
+    record = _written(an_exchange(a_call("t", {"a": "x" * 100}), profile=a_profile(audit=Audit(max_bytes=10))))
 
     assert record["arguments"]["content"] == '{"a":"xxxx'
     assert record["arguments"]["truncated"]
@@ -155,7 +155,7 @@ def test_large_content_is_cut_and_says_so() -> None:
 @pytest.mark.parametrize("answer", [b"not json", b"[1]", None])
 def test_answer_that_cannot_be_read_leaves_size_and_hash(answer: bytes | None) -> None:
     """An answer that was too large or is odd does not break the line."""
-    record = written(an_exchange(result=answer, result_bytes=9_000_000))
+    record = _written(an_exchange(result=answer, result_bytes=9_000_000))
 
     assert (record["result"]["content"], record["result"]["bytes"]) == (None, 9_000_000)
 
@@ -164,7 +164,7 @@ def test_error_of_the_server_is_kept() -> None:
     """A JSON-RPC error is the answer."""
     answer = b'{"jsonrpc":"2.0","id":7,"error":{"code":-32602,"message":"no such tool"}}'
 
-    record = written(an_exchange(result=answer, error_code=-32602))
+    record = _written(an_exchange(result=answer, error_code=-32602))
 
     assert record["result"]["content"] == {"code": -32602, "message": "no such tool"}
     assert record["result"]["error_code"] == -32602
@@ -177,8 +177,8 @@ def test_prompts_and_resources_are_named() -> None:
     )
     resource = Message(shape=Shape.REQUEST, method="resources/read", target=Resource(uri="file:///a"), params={})
 
-    assert _named(written(an_exchange(prompt)), "prompt") == ("p", {"a": "b"})
-    assert _named(written(an_exchange(resource)), "resource") == ("file:///a", None)
+    assert _named(_written(an_exchange(prompt)), "prompt") == ("p", {"a": "b"})
+    assert _named(_written(an_exchange(resource)), "resource") == ("file:///a", None)
 
 
 def _named(record: Any, kind: str) -> tuple[str, Any]:
@@ -217,7 +217,7 @@ def test_line_is_total_and_one_line(
         params={},
     )
 
-    record = written(an_exchange(message, error_code=code, result=result, session_id=name))
+    record = _written(an_exchange(message, error_code=code, result=result, session_id=name))
 
     assert (arguments or {}) == record["arguments"]["content"]
 
@@ -233,7 +233,7 @@ def test_timestamp_keeps_every_nanosecond(unix_ns: int) -> None:
 
 def test_caller_refused_before_it_is_a_principal_is_named() -> None:
     """A workload that may not call has a verified SVID all the same."""
-    record = written(a_refused_exchange(Reason.FORBIDDEN_CALLER, principal=None))
+    record = _written(a_refused_exchange(Reason.FORBIDDEN_CALLER, principal=None))
 
     assert str(SpiffeId.parse("spiffe://a.test/ns/agents/sa/planner")) == record["who"]["workload"]
 
@@ -247,13 +247,13 @@ def _paths(value: Any, prefix: str = "") -> set[str]:
 
 def test_schema_names_every_member_and_no_other() -> None:
     """FIELDS and the record agree; the fullest record shows every member."""
-    assert {path for path, _, _ in FIELDS} == _paths(written(an_exchange(a_call("t", {"a": 1}))))
+    assert {path for path, _, _ in FIELDS} == _paths(_written(an_exchange(a_call("t", {"a": 1}))))
 
 
 def test_members_that_may_be_null_say_so() -> None:
     """A reader of the schema is not surprised by null."""
     nullable = {path for path, kind, _ in FIELDS if kind.endswith("?") or kind == "any"}
-    bare = [written(an_unreadable_exchange()), written(a_refused_exchange()), written(an_exchange())]
+    bare = [_written(an_unreadable_exchange()), _written(a_refused_exchange()), _written(an_exchange())]
 
     seen = {path for record in bare for path in _paths(record) if _at(record, path) is None}
 
@@ -277,9 +277,9 @@ def test_readable_message_round_trips_its_id() -> None:
     """An id keeps its type: 7 and "7" are different calls."""
     for request_id in (7, "7"):
         message = parse(orjson.dumps({"jsonrpc": "2.0", "id": request_id, "method": "ping"}))
-        assert request_id == written(an_exchange(message))["message"]["id"]
+        assert request_id == _written(an_exchange(message))["message"]["id"]
 
 
 def test_start_is_the_moment_of_the_record() -> None:
     """The record's time is the exchange's start, not the moment of writing."""
-    assert timestamp(STARTED_NS) == written(an_exchange())["time"]
+    assert timestamp(STARTED_NS) == _written(an_exchange())["time"]

@@ -19,25 +19,25 @@ json_values = st.recursive(
 )
 
 
-def kept(value: Any) -> Any:
+def _kept(value: Any) -> Any:
     return orjson.loads(redact(value, NAMES).data)
 
 
 @pytest.mark.parametrize("name", ["password", "Password", "PASS_WORD", "api_key", "apiKey", "API-KEY", "apikey"])
 def test_name_is_compared_without_case_and_separators(name: str) -> None:
     """Writers spell one name in many ways; each spelling is hidden."""
-    assert {name: REDACTED} == kept({name: "hunter2"})
+    assert {name: REDACTED} == _kept({name: "hunter2"})
 
 
 @pytest.mark.parametrize("name", ["password_hint", "max_api_keys", "x-api-key", "user"])
 def test_other_names_stay(name: str) -> None:
     """A name that merely contains a listed one is another name."""
-    assert {name: "v"} == kept({name: "v"})
+    assert {name: "v"} == _kept({name: "v"})
 
 
 def test_whole_value_goes_whatever_its_type() -> None:
     """An object or list under a listed name may be the secret itself."""
-    assert kept({"a": [{"password": {"old": "x", "new": ["y"]}}, 1]}) == {"a": [{"password": REDACTED}, 1]}
+    assert _kept({"a": [{"password": {"old": "x", "new": ["y"]}}, 1]}) == {"a": [{"password": REDACTED}, 1]}
 
 
 def test_json_in_a_string_is_looked_into() -> None:
@@ -76,7 +76,7 @@ def test_nesting_beyond_the_cap_is_hidden_whole() -> None:
 
 def test_text_that_is_not_json_stays() -> None:
     """Prose with brackets is no document."""
-    assert kept({"t": "[password] is asked for", "u": "{"}) == {"t": "[password] is asked for", "u": "{"}
+    assert _kept({"t": "[password] is asked for", "u": "{"}) == {"t": "[password] is asked for", "u": "{"}
 
 
 def test_nothing_hidden_means_nothing_changed() -> None:
