@@ -65,7 +65,7 @@ class Cluster:
         """Start the cluster and wait until pods can run and names resolve."""
         _check_machine()
         if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGTERM, _exit)
+            self._former_handler = signal.signal(signal.SIGTERM, _interrupt)
         try:
             self._start()
             self.apply((MANIFESTS / "dns.yaml").read_text())
@@ -250,5 +250,5 @@ def _check_machine() -> None:
         )
 
 
-def _exit(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # unwinds the context managers, which a signal's default action does not
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # unwinds the context managers and ends pytest, which SIGTERM's default action does not
