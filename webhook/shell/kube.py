@@ -104,6 +104,10 @@ class Kube:
         """Return the object after a strategic merge, in which lists are merged by their keys. Raises KubeError."""
         return await self._call("PATCH", path, body=body, content_type=STRATEGIC_MERGE)
 
+    async def delete(self, path: str) -> None:
+        """Delete the object at *path*. Raises KubeError; status 404 when there is none."""
+        await self._call("DELETE", path)
+
     async def follow(self, path: str, selector: str = "") -> AsyncIterator[Change]:
         """Yield all objects of the collection *path* with labels *selector*, then every change; never ends or raises.
 

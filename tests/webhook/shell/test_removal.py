@@ -1,0 +1,93 @@
+"""Requirements on the removal of the webhook configuration before an uninstall, against an API server on loopback."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import yaml
+from aiohttp import web
+
+from webhook.shell import removal
+from webhook.shell.kube import Kube
+
+
+class Api:
+    """An API server that knows one configuration."""
+
+    def __init__(self) -> None:
+        self.names = {"sidegate"}
+        self.forbidden = False
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """Delete as the API server does."""
+        name = request.match_info["name"]
+        if self.forbidden:
+            return web.json_response({"message": "sidegate-removal cannot delete"}, status=403)
+        if name not in self.names:
+            return web.json_response({"message": f"{name} not found"}, status=404)
+        self.names.remove(name)
+        return web.json_response({"kind": "Status", "status": "Success"})
+
+
+@pytest.fixture
+def api() -> Api:
+    """What the server of `kube` knows."""
+    return Api()
+
+
+@pytest.fixture
+async def kube(api: Api, tmp_path: Path) -> AsyncIterator[Kube]:
+    """A connection to it."""
+    application = web.Application()
+    application.router.add_delete(removal.PATH + "/{name}", api.delete)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    config = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": f"http://{host}:{port}"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    connection = await Kube.open(str(tmp_path / "config"))
+    yield connection
+    await connection.aclose()
+    await runner.cleanup()
+
+
+async def test_the_configuration_is_deleted(api: Api, kube: Kube) -> None:
+    """Pods of governed namespaces can start while the rest is uninstalled."""
+    assert await removal.remove(kube, "sidegate") == "webhook configuration sidegate: deleted"
+    assert api.names == set()
+
+
+async def test_a_second_time_finds_nothing_to_do(kube: Kube) -> None:
+    """A hook may run again after an interrupted uninstall."""
+    await removal.remove(kube, "sidegate")
+
+    assert await removal.remove(kube, "sidegate") == "webhook configuration sidegate: already gone"
+
+
+async def test_a_refusal_is_told_with_what_to_do(api: Api, kube: Kube) -> None:
+    """Whoever uninstalls learns what is left."""
+    api.forbidden = True
+
+    said = await removal.remove(kube, "sidegate")
+
+    assert "not deleted: 403" in said
+    assert said.endswith("hint: kubectl delete mutatingwebhookconfiguration sidegate")
+
+
+def test_it_never_holds_up_the_uninstall(capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside a cluster it cannot work, says so, and ends well."""
+    assert removal.main(["sidegate"]) == 0
+    assert "not deleted: no access to the Kubernetes API" in capsys.readouterr().out
+
+
+def test_misuse_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """One name is needed."""
+    assert removal.main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: ")
