@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import Final, cast
 
 import httptools
 
@@ -77,10 +77,9 @@ class Inbound(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep *transport*; the peer's certificate was verified within the handshake (certs/tls.py)."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - what connect_accepted_socket gives
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
         self._peer = peer_of(transport)
-        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._serving.connections.add(self)
         self._wait(IDLE_TIMEOUT_S)
 

@@ -83,6 +83,9 @@ class Listener:
                 await closed.wait()
         except (OSError, TimeoutError) as error:  # ssl.SSLError is one; certs/tls.py has counted it with its reason
             log.debug("connection refused", extra={"client": client, "error": str(error)})
+        except Exception:
+            # The last resort of one connection: its defect must not end the others, or the process.
+            log.exception("connection failed", extra={"client": client})
         finally:
             if not is_taken:
                 sock.close()

@@ -8,7 +8,7 @@ call costs a fifth of the whole path (docs/explanation/decisions.md).
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import httptools
 
@@ -93,9 +93,8 @@ class Line(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep *transport*."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - what loop.create_connection gives
-        self._transport = transport
-        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:
         """Parse *data* of the response."""
