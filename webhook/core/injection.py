@@ -195,7 +195,7 @@ def _label(seen: Pod, key: str) -> bool | None:
 
 
 def _capture(asked: Overrides, profile: ServerProfileSpec | None, template: Template) -> Capture:
-    capture = asked.capture or (profile.capture if profile else None) or template.capture
+    capture = asked.capture or Capture((profile and profile.capture) or template.capture)
     if _STRENGTH[capture] < _STRENGTH[template.weakest_capture]:
         raise Denial(
             DenyCode.ANNOTATION_INVALID,
@@ -260,24 +260,28 @@ def _refuse_unenforceable(bare: Pod) -> None:
     spec = bare.spec
     windows = (spec.os and spec.os.name == "windows") or (spec.node_selector or {}).get("kubernetes.io/os") == "windows"
     for found, code, what in (
-        (spec.host_network, DenyCode.UNENFORCEABLE_HOST_NETWORK, "hostNetwork: traffic would not pass the sidecar"),
-        (spec.host_pid, DenyCode.UNENFORCEABLE_HOST_PID, "hostPID: the sidecar's process would be in reach"),
-        (spec.host_ipc, DenyCode.UNENFORCEABLE_HOST_IPC, "hostIPC: the node's memory would be in reach"),
+        (
+            spec.host_network,
+            DenyCode.UNENFORCEABLE_HOST_NETWORK,
+            "hostNetwork: traffic would not pass the sidecar; remove it",
+        ),
+        (spec.host_pid, DenyCode.UNENFORCEABLE_HOST_PID, "hostPID: the sidecar's process would be in reach; remove it"),
+        (spec.host_ipc, DenyCode.UNENFORCEABLE_HOST_IPC, "hostIPC: the node's memory would be in reach; remove it"),
         (
             spec.share_process_namespace,
             DenyCode.UNENFORCEABLE_SHARED_PROCESSES,
-            "shareProcessNamespace: the sidecar's process would be in reach",
+            "shareProcessNamespace: the sidecar's process would be in reach; remove it",
         ),
-        (windows, DenyCode.UNENFORCEABLE_WINDOWS, "Windows: there is no sidecar for it"),
+        (windows, DenyCode.UNENFORCEABLE_WINDOWS, "a Windows pod: there is no sidecar for it"),
         (
             # A pod-level user does no harm when every container sets its own.
             _runs_as_sidecar(spec.security_context) and not all(_has_own_user(each) for each in bare.containers),
             DenyCode.UNENFORCEABLE_USER,
-            f"securityContext.runAsUser {USER_ID}: it is the sidecar's, whose traffic is not captured",
+            f"securityContext.runAsUser {USER_ID}: it is the sidecar's, whose traffic is not captured; use another",
         ),
     ):
         if found:
-            raise Denial(code, f"{what}; remove it")
+            raise Denial(code, what)
     for each in bare.containers:
         _refuse_unenforceable_container(each)
 

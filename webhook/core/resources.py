@@ -11,7 +11,6 @@ import msgspec
 
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffePattern
-from sidecar.config import Capture
 from sidecar.core import profile
 from webhook.core.pod import JSON
 from webhook.errors import BadResource
@@ -104,7 +103,7 @@ class ServerProfileSpec(Record, frozen=True, kw_only=True):
     """`MCPServerProfile`: which pods, and how."""
 
     selector: Selector
-    capture: Literal[Capture.REDIRECT, Capture.REMAP] | None = None
+    capture: Literal["redirect", "remap"] | None = None
     server: ServerSpec = ServerSpec()
     identity: IdentitySpec = IdentitySpec()
     audit: AuditSpec = AuditSpec()
