@@ -43,7 +43,7 @@ class Probes:
         _expect(target, "an allowed call", passed, (passed.status, passed.body) == (200, requests.ANSWER.decode()))
         if target.keys is not None:
             unknown = self._ask(target, "no-certificate", call, keys=nobody)
-            _expect(target, "a call without certificate", unknown, unknown.errors > 0 or unknown.status == 400)
+            _expect(target, "a call without certificate", unknown, unknown.errors > 0 or unknown.status in {400, 401})
         if target.enforces:
             denied = self._ask(target, "destructive", requests.destructive())
             _expect(target, "a forbidden call", denied, '"error"' in denied.body and "policy" in denied.body)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import platform
 import sys
 import threading
 import urllib.request
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +28,7 @@ from certs.embedded import EmbeddedWorkloadApi, Identity
 from sidecar.config import LogLevel, Settings
 from sidecar.core import profile as profiles
 from sidecar.core.bundle import encode
+from sidecar.shell.bundles import LAST_GOOD
 from tests.parts import PartError, part
 from webhook.cli.issuer import EmbeddedIssuer
 from webhook.core.compile import Policies
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from bench.loader import Keys
 
 ARTICLE: Final = Path(__file__).parent.parent / "examples" / "article"
-LAST_GOOD: Final = "bundle.tar.gz"
 AUDIENCE: Final = "http://mcp.bench.test/mcp"
 START_S: Final = 10.0
 UNREACHED: Final = 1_000_000  # calls a second: the limit is counted, and never refuses
@@ -158,7 +158,9 @@ def sidecar(
     )
     command = [sys.executable, "-m", "sidecar"]
     with running(command, log=home / "log", is_ready=lambda: _is_ready(health_port), env=settings.to_env()) as pid:
-        yield Target(name=name, pid=pid, port=port, version=version("sidegate"), enforces=True, keys=keys)
+        yield Target(
+            name=name, pid=pid, port=port, version=f"Python {platform.python_version()}", enforces=True, keys=keys
+        )
 
 
 def _policies(directory: Path) -> Policies:
