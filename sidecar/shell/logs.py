@@ -32,4 +32,5 @@ def configure(level: str) -> None:
     formatter.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
+    logging.getLogger("hpack").setLevel(logging.WARNING)  # at debug it writes ten lines for each header
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
