@@ -7,6 +7,8 @@ Source: SPIFFE Workload API, sections 4 and 5.
 """
 
 import asyncio
+import base64
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from grpclib.const import Cardinality, Handler, Status
 from grpclib.exceptions import GRPCError
@@ -52,6 +57,8 @@ class EmbeddedDomain:
         self._svid_lifetime = svid_lifetime
         self._now = now
         self._authorities: tuple[Authority, ...] = ()
+        self._token_key = make_key()
+        self._token_kid = f"{x509.random_serial_number():x}"
         self.rotate_authority()
 
     @property
@@ -88,6 +95,34 @@ class EmbeddedDomain:
             bundle=self.bundle_der,
             hint=hint,
         )
+
+    def issue_token(self, spiffe_id: SpiffeId, audience: Sequence[str]) -> str:
+        """Return a fresh JWT-SVID (ES256) of *spiffe_id* for *audience*."""
+        now = int(self._now().timestamp())
+        expires = now + int(self._svid_lifetime.total_seconds())
+        header = {"alg": "ES256", "kid": self._token_kid, "typ": "JWT"}
+        claims = {"sub": str(spiffe_id), "aud": list(audience), "iat": now, "exp": expires}
+        signed = b".".join(_base64url(json.dumps(part).encode()) for part in (header, claims))
+        r, s = decode_dss_signature(self._token_key.sign(signed, ec.ECDSA(hashes.SHA256())))
+        return (signed + b"." + _base64url(r.to_bytes(32) + s.to_bytes(32))).decode()
+
+    @property
+    def token_bundle(self) -> bytes:
+        """The keys that check this domain's JWT-SVIDs: a JWK set."""
+        point = self._token_key.public_key().public_numbers()
+        key = {
+            "kty": "EC",
+            "crv": "P-256",
+            "use": "jwt-svid",
+            "kid": self._token_kid,
+            "x": _base64url(point.x.to_bytes(32)).decode(),
+            "y": _base64url(point.y.to_bytes(32)).decode(),
+        }
+        return json.dumps({"keys": [key]}).encode()
+
+
+def _base64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
 class _Stream(Protocol):
@@ -188,6 +223,37 @@ class EmbeddedWorkloadApi:
                 raise
         raise GRPCError(Status.PERMISSION_DENIED, "no identity issued")
 
+    async def _fetch_jwt_svid(self, stream: _Stream) -> None:
+        """Serve one FetchJWTSVID call."""
+        _require_header(stream)
+        request = await stream.recv_message()
+        if not request.audience:
+            raise GRPCError(Status.INVALID_ARGUMENT, "audience must be specified")
+        given = [identity for identity in self._identities if request.spiffe_id in ("", str(identity.spiffe_id))]
+        if self._denied or not given:
+            raise GRPCError(Status.PERMISSION_DENIED, "no identity issued")
+        svids = [
+            messages.JWTSVID(
+                spiffe_id=str(identity.spiffe_id),
+                svid=self._domain.issue_token(identity.spiffe_id, request.audience),
+                hint=identity.hint,
+            )
+            for identity in given
+        ]
+        await stream.send_message(messages.JWTSVIDResponse(svids=svids))
+
+    async def _fetch_jwt_bundles(self, stream: _Stream) -> None:
+        """Serve one FetchJWTBundles stream; the keys live as long as the process."""
+        _require_header(stream)
+        await stream.recv_message()
+        if self._denied:
+            raise GRPCError(Status.PERMISSION_DENIED, "no identity issued")
+        bundles = {
+            f"spiffe://{domain.trust_domain}": domain.token_bundle for domain in (self._domain, *self._federated)
+        }
+        await stream.send_message(messages.JWTBundlesResponse(bundles=bundles))
+        await asyncio.Event().wait()
+
     def __mapping__(self) -> dict[str, Handler]:
         """Return the methods served, as grpclib asks for them."""
         return {
@@ -196,7 +262,16 @@ class EmbeddedWorkloadApi:
                 Cardinality.UNARY_STREAM,
                 messages.X509SVIDRequest,
                 messages.X509SVIDResponse,
-            )
+            ),
+            f"{METHODS}FetchJWTSVID": Handler(
+                self._fetch_jwt_svid, Cardinality.UNARY_UNARY, messages.JWTSVIDRequest, messages.JWTSVIDResponse
+            ),
+            f"{METHODS}FetchJWTBundles": Handler(
+                self._fetch_jwt_bundles,
+                Cardinality.UNARY_STREAM,
+                messages.JWTBundlesRequest,
+                messages.JWTBundlesResponse,
+            ),
         }
 
 

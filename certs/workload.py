@@ -9,7 +9,8 @@ Source: SPIFFE Workload API, sections 4 to 6; back-off after go-spiffe.
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -24,7 +25,7 @@ from certs.messages import METADATA, METHODS, messages
 from certs.spiffe import SpiffeId
 from certs.svid import X509Snapshot
 
-__all__ = ["Selection", "Timing", "WorkloadState", "X509Source", "socket_path"]
+__all__ = ["Selection", "Timing", "WorkloadState", "X509Source", "agent_errors", "socket_path"]
 
 Subscriber = Callable[[X509Snapshot | None], None]
 
@@ -96,6 +97,20 @@ def socket_path(address: str) -> str:
             WorkloadReason.REJECTED, f"Workload API address {address!r}: allowed are unix:/path and unix:///path"
         )
     return path
+
+
+@contextmanager
+def agent_errors(path: str) -> Iterator[None]:
+    """Raise as WorkloadApiError whatever a call to the agent at *path* raises."""
+    try:
+        yield
+    except GRPCError as error:
+        reason = _REASON_OF_STATUS.get(error.status, WorkloadReason.NO_AGENT)
+        raise WorkloadApiError(reason, f"agent answered {error.status.name}: {error.message or ''}") from error
+    except TimeoutError as error:
+        raise WorkloadApiError(WorkloadReason.SILENT, "agent is silent") from error
+    except (OSError, StreamTerminatedError, ProtocolError) as error:
+        raise WorkloadApiError(WorkloadReason.NO_AGENT, f"{path}: {error}") from error
 
 
 class X509Source:
@@ -182,20 +197,13 @@ class X509Source:
         """Take in what one stream brings until it ends. Returns why it ended."""
         channel = Channel(path=self._path)
         try:
-            await self._receive(channel)
-        except WorkloadApiError as error:
-            trouble = error
-        except GRPCError as error:
-            reason = _REASON_OF_STATUS.get(error.status, WorkloadReason.NO_AGENT)
-            trouble = WorkloadApiError(reason, f"agent answered {error.status.name}: {error.message or ''}")
-        except TimeoutError:
-            trouble = WorkloadApiError(WorkloadReason.SILENT, "agent is silent")
-        except (OSError, StreamTerminatedError, ProtocolError) as error:
-            trouble = WorkloadApiError(WorkloadReason.NO_AGENT, f"{self._path}: {error}")
+            with agent_errors(self._path):
+                await self._receive(channel)
+        except WorkloadApiError as trouble:
+            self._note(trouble)
+            return trouble.reason
         finally:
             channel.close()
-        self._note(trouble)
-        return trouble.reason
 
     async def _receive(self, channel: Channel) -> NoReturn:
         method = UnaryStreamMethod(

@@ -1,22 +1,24 @@
 """The development agent: what it refuses, and what it hands out."""
 
 import asyncio
+import json
 import stat
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from grpclib.client import Channel, UnaryStreamMethod
+from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from certs.embedded import EmbeddedDomain, EmbeddedWorkloadApi, Identity
 from certs.errors import CertsError
-from certs.messages import METHODS, messages
+from certs.messages import METADATA, METHODS, messages
 from certs.workload import X509Source
 from tests.certs.agents import FAST, a_socket, an_agent, eventually, ready, running
-from tests.certs.pki import A_TEST, API
+from tests.certs.pki import A_TEST, API, B_TEST
 
 
 @pytest.fixture
@@ -94,3 +96,68 @@ async def test_a_request_without_the_security_header_is_refused(socket: Path) ->
         channel.close()
 
     assert caught.value.status is Status.INVALID_ARGUMENT
+
+
+async def call(agent: EmbeddedWorkloadApi, method: type, name: str, request: Any, answer: type) -> Any:
+    """The first answer of *name*, asked for as a real client does."""
+    async with running(agent):
+        await agent.started.wait()
+        channel = Channel(path=agent.address.removeprefix("unix:"))
+        try:
+            async with (
+                asyncio.timeout(5),
+                method(channel, f"{METHODS}{name}", type(request), answer).open(metadata=METADATA) as stream,
+            ):
+                await stream.send_message(request, end=True)
+                received = await stream.recv_message()
+                await stream.cancel()
+        finally:
+            channel.close()
+    return received
+
+
+async def test_token_keys_of_all_domains_are_handed_out(socket: Path) -> None:
+    """Our own and the federated ones, each under its domain."""
+    agent = an_agent(socket, federated=[EmbeddedDomain(B_TEST)])
+
+    answer = await call(
+        agent, UnaryStreamMethod, "FetchJWTBundles", messages.JWTBundlesRequest(), messages.JWTBundlesResponse
+    )
+
+    keys = {domain: json.loads(bundle)["keys"][0] for domain, bundle in answer.bundles.items()}
+    assert set(keys) == {"spiffe://a.test", "spiffe://b.test"}
+    assert all(key["use"] == "jwt-svid" for key in keys.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "request_", "answer", "status"),
+    [
+        (
+            UnaryUnaryMethod,
+            "FetchJWTSVID",
+            messages.JWTSVIDRequest(),
+            messages.JWTSVIDResponse,
+            Status.INVALID_ARGUMENT,
+        ),
+        (
+            UnaryStreamMethod,
+            "FetchJWTBundles",
+            messages.JWTBundlesRequest(),
+            messages.JWTBundlesResponse,
+            Status.PERMISSION_DENIED,
+        ),
+    ],
+)
+async def test_requests_it_must_not_serve_are_refused(
+    socket: Path, method: type, name: str, request_: Any, answer: type, status: Status
+) -> None:
+    """A token without audience would be good everywhere; a caller without entry gets no keys."""
+    agent = an_agent(socket)
+    agent.drop()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await call(agent, method, name, request_, answer)
+
+    error = caught.value.exceptions[0]
+    assert isinstance(error, GRPCError)
+    assert error.status is status
