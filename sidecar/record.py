@@ -123,14 +123,14 @@ def record(exchange: Exchange) -> dict[str, Any]:
         "who": _who(exchange),
         "agent": {
             "session": _agent_session(exchange),
-            "client_name": _cut(agent.client_name),
-            "client_version": _cut(agent.client_version),
+            "client_name": cut(agent.client_name),
+            "client_version": cut(agent.client_version),
         },
         "session": None if session_id is None else fingerprint(session_id),
-        "protocol_version": _cut(exchange.protocol_version),
+        "protocol_version": cut(exchange.protocol_version),
         "http": {
-            "method": _cut(connection.method),
-            "path": _cut(connection.path),
+            "method": cut(connection.method),
+            "path": cut(connection.path),
             "status": exchange.status,
         },
         "message": None if exchange.message is None else _message(exchange.message),
@@ -139,7 +139,7 @@ def record(exchange: Exchange) -> dict[str, Any]:
         "decision": {
             "outcome": "refused" if admission is None else "allowed",
             "reason": None if refusal is None else refusal.reason,
-            "detail": None if refusal is None else _cut(refusal.detail or refusal.public),
+            "detail": None if refusal is None else cut(refusal.detail or refusal.public),
             "policies": [] if permit is None else permit.policies,
             "revision": exchange.revision,
         },
@@ -187,7 +187,7 @@ _STRICTEST: Final = Audit(arguments="hash", results="hash")  # before there is a
 def _agent_session(exchange: Exchange) -> str | None:
     """Return the agent's session; where the MCP session stands in for it (sidecar/pipeline.py), its hash."""
     session = exchange.agent.session
-    return fingerprint(session) if session is not None and session == exchange.session_id else _cut(session)
+    return fingerprint(session) if session is not None and session == exchange.session_id else cut(session)
 
 
 def _who(exchange: Exchange) -> dict[str, Any]:
@@ -221,9 +221,9 @@ def _message(message: Message) -> dict[str, Any]:
         "shape": message.shape,
         "method": message.method,
         "id": message.id,
-        "tool": _cut(target.name) if isinstance(target, Tool) else None,
-        "prompt": _cut(target.name) if isinstance(target, Prompt) else None,
-        "resource": _cut(target.uri) if isinstance(target, Resource) else None,
+        "tool": cut(target.name) if isinstance(target, Tool) else None,
+        "prompt": cut(target.name) if isinstance(target, Prompt) else None,
+        "resource": cut(target.uri) if isinstance(target, Resource) else None,
     }
 
 
@@ -235,7 +235,7 @@ def _arguments(message: Message, audit: Audit) -> dict[str, Any] | None:
 
 
 def _result(exchange: Exchange, audit: Audit) -> dict[str, Any]:
-    content = _answer(exchange, audit)
+    content = answer(exchange, audit)
     return {
         **(_NOTHING_KEPT if content is None else _kept(content, audit.results, audit)),
         "bytes": exchange.result_bytes,
@@ -249,17 +249,17 @@ def _result(exchange: Exchange, audit: Audit) -> dict[str, Any]:
 _NOTHING_KEPT: Final[Mapping[str, Any]] = {"content": None, "truncated": False, "redacted": False}
 
 
-def _answer(exchange: Exchange, audit: Audit) -> Content | None:
+def answer(exchange: Exchange, audit: Audit) -> Content | None:
     """Return what the server said; None when there was no answer, or none that was kept and can be read."""
     if exchange.result is None:
         return None
     try:
-        answer = orjson.loads(exchange.result)
+        document = orjson.loads(exchange.result)
     except orjson.JSONDecodeError:
         return None
-    if not isinstance(answer, dict):
+    if not isinstance(document, dict):
         return None
-    return redact(answer.get("result", answer.get("error")), audit.redact)
+    return redact(document.get("result", document.get("error")), audit.redact)
 
 
 def _kept(content: Content, how: str, audit: Audit) -> dict[str, Any]:
@@ -273,7 +273,8 @@ def _kept(content: Content, how: str, audit: Audit) -> dict[str, Any]:
     }
 
 
-def _cut(text: str | None) -> str | None:
+def cut(text: str | None) -> str | None:
+    """Return *text*, or its beginning and an ellipsis when it is longer than a record may hold."""
     return text if text is None or len(text) <= MAX_TEXT_CHARS else text[:MAX_TEXT_CHARS] + "…"
 
 

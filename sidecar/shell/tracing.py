@@ -1,43 +1,51 @@
-"""One span for each MCP message, sent to an OTLP/HTTP receiver in batches.
+"""Gives each message a span in the caller's trace, and posts the spans to an OTLP/HTTP receiver as JSON.
 
-Never delays a call and never raises: what does not fit the queue is dropped and counted. Hand-built JSON instead of the
-OpenTelemetry SDK, which costs 57 us a span against 4. OpenTelemetry semantic conventions for MCP; OTLP 1.x, JSON.
+Names follow OpenTelemetry's semantic conventions for MCP (status Development, 2026). Content is on spans only where the
+profile opts in, and redacted as in the audit trail. Nothing here slows or fails a call: the queue is bounded, what does
+not fit or cannot be delivered is dropped and counted. Built by hand: 4 us a span where the SDK takes 57.
 """
 
 import asyncio
 import logging
+import os
 import random
 from collections import deque
-from importlib import metadata
 from typing import Any, Final
 
 import aiohttp
 import orjson
 
-from sidecar.core.message import Prompt, Tool
-from sidecar.core.redaction import redact
+from sidecar.core.message import Message, Prompt, Resource, Tool
+from sidecar.core.profile import Profile
+from sidecar.core.redaction import encode, redact
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
-from sidecar.shell.metrics import error_type
+from sidecar.record import TOOL_ERROR, answer, cut, error_type
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUED: Final = 4096  # spans; about 6 MB
-MAX_BATCH: Final = 512
-EVERY_S: Final = 1.0
-EXPORT_S: Final = 10.0
-SERVER_KIND: Final = 2  # opentelemetry.proto.trace.v1.Span.SpanKind
-ERROR_STATUS: Final = 2
+MAX_QUEUED: Final = 2048  # spans, as OpenTelemetry's batch processor
+MAX_QUEUED_BYTES: Final = 4 * 2**20  # content can make a span large
+MAX_VALUE_CHARS: Final = 2**20  # of an attribute: what `audit.max_bytes` allows at most
+MAX_BATCH: Final = 512  # spans, as OpenTelemetry's batch processor
+LINGER_S: Final = 1.0  # from a first span to its batch
+POST_S: Final = 10.0  # deadline of one POST, as OTEL_EXPORTER_OTLP_TIMEOUT
+FLUSH_S: Final = 2.0  # deadline of the last one, on shutdown
+ATTEMPTS: Final = 5
+BACKOFF_S: Final = (0.5, 8.0)  # first and longest pause, before jitter
+RETRIED: Final = frozenset({None, 429, 502, 503, 504})  # OTLP/HTTP, retryable response codes; None: no response
+_SERVER_KIND: Final = 2  # opentelemetry.proto.trace.v1.Span.SpanKind
+_ERROR: Final = 2  # opentelemetry.proto.trace.v1.Status.StatusCode
 
 
 def new_trace_id() -> str:
-    """Return a random trace id; not a secret, so the fast generator serves."""
-    return f"{random.getrandbits(128) or 1:032x}"
+    """Return a random trace id."""
+    return os.urandom(16).hex()
 
 
 def new_span_id() -> str:
     """Return a random span id."""
-    return f"{random.getrandbits(64) or 1:016x}"
+    return os.urandom(8).hex()
 
 
 def traceparent(exchange: Exchange) -> bytes:
@@ -46,148 +54,217 @@ def traceparent(exchange: Exchange) -> bytes:
 
 
 class Tracing:
-    """The queue of spans and its way out. `run` in the root TaskGroup; mutated by itself."""
+    """Mutated by `observe`, `use_endpoint` and the exporter, all on the loop.
+
+    Attributes:
+        dropped: spans that no receiver got.
+        exported: spans that a receiver took.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, *, endpoint: str) -> None:
-        """Send to *endpoint*, the base URL of an OTLP/HTTP receiver; empty: count and drop."""
         self._session = session
         self._default = endpoint
         self._endpoint = endpoint
-        self._queue: deque[Exchange] = deque()
+        self._queue: deque[tuple[Profile, bytes]] = deque()
+        self._queued_bytes = 0
+        self._filled = asyncio.Event()
         self.dropped = 0
-        self.sent = 0
+        self.exported = 0
 
     def use_endpoint(self, endpoint: str | None) -> None:
-        """Send to *endpoint*; None: to the process's own."""
+        """Send to *endpoint* (a base URL) from now on; None: to the one of the settings."""
         self._endpoint = endpoint or self._default
 
     def observe(self, exchange: Exchange) -> None:
-        """Queue the span of *exchange*; refusals always, the rest as the caller's trace is sampled."""
-        if not exchange.sampled and exchange.refusal is None:
+        """Queue the span of *exchange*; of refusals always, of others as the caller's trace is sampled."""
+        profile = exchange.profile
+        if profile is None or not (exchange.sampled or exchange.refusal):
             return
-        if not self._endpoint or len(self._queue) >= MAX_QUEUED:
+        data = encode(span(exchange, profile))
+        if not self._endpoint or len(self._queue) >= MAX_QUEUED or self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
             self.dropped += 1
             return
-        self._queue.append(exchange)
+        self._queue.append((profile, data))
+        self._queued_bytes += len(data)
+        self._filled.set()
 
     async def run(self) -> None:
-        """Send what has come, every second, until cancelled."""
+        """Post spans as they come; never returns."""
         while True:
-            await asyncio.sleep(EVERY_S)
-            await self.flush()
+            await self._filled.wait()
+            await asyncio.sleep(LINGER_S)
+            self._filled.clear()
+            while self._queue:
+                await self._post_batch(ATTEMPTS)
 
     async def flush(self) -> None:
-        """Send everything that is queued; a batch that is not accepted is dropped."""
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(MAX_BATCH, len(self._queue)))]
-            try:
-                async with (
-                    asyncio.timeout(EXPORT_S),
-                    self._session.post(
-                        f"{self._endpoint.rstrip('/')}/v1/traces",
-                        data=document(batch),
-                        headers={"content-type": "application/json"},
-                    ) as response,
-                ):
-                    accepted = response.status == 200
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                log.debug("spans not sent", extra={"error": str(error) or type(error).__name__})
-                accepted = False
-            if accepted:
-                self.sent += len(batch)
+        """Post what is queued, once and without patience; what is left then is dropped."""
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                while self._queue:
+                    await self._post_batch(attempts=1)
+        except TimeoutError:
+            while self._queue:
+                self.dropped += self._batch()[0]
+
+    async def _post_batch(self, attempts: int) -> None:
+        """Post the head of the queue until it is taken, refused for good, or tried often enough."""
+        count, body = self._batch()
+        delivered = False
+        try:
+            delivered = await self._deliver(body, attempts)
+        finally:  # cancelled on shutdown: these spans are gone as well
+            if delivered:
+                self.exported += count
             else:
-                self.dropped += len(batch)
+                self.dropped += count
+
+    async def _deliver(self, body: bytes, attempts: int) -> bool:
+        pause_s, longest_s = BACKOFF_S
+        status: int | None = None
+        for attempt in range(1, attempts + 1):
+            status = await self._post(body)
+            if status is not None and status < 300:
+                return True
+            if attempt == attempts or status not in RETRIED:
+                break
+            await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)  # noqa: S311 - jitter, no secret
+            pause_s = min(longest_s, 2 * pause_s)
+        log.warning("spans dropped", extra={"endpoint": self._endpoint, "status": status})
+        return False
+
+    async def _post(self, body: bytes) -> int | None:
+        """Return the receiver's HTTP status; None when it gave none."""
+        url = f"{self._endpoint.rstrip('/')}/v1/traces"
+        try:
+            async with (
+                asyncio.timeout(POST_S),
+                self._session.post(
+                    url, data=body, headers={"content-type": "application/json"}, allow_redirects=False
+                ) as response,
+            ):
+                return response.status
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:  # ValueError: no URL
+            log.debug("spans not posted", extra={"endpoint": url, "error": str(error)})
+            return None
+
+    def _batch(self) -> tuple[int, bytes]:
+        """Take the spans at the queue's head that share a profile; return their number and their OTLP request."""
+        profile = self._queue[0][0]
+        spans: list[orjson.Fragment] = []
+        while self._queue and self._queue[0][0] is profile and len(spans) < MAX_BATCH:
+            data = self._queue.popleft()[1]
+            self._queued_bytes -= len(data)
+            spans.append(orjson.Fragment(data))
+        scope = {"scope": {"name": "sidegate"}, "spans": spans}
+        resource = {"attributes": _pairs(_resource(profile))}
+        return len(spans), orjson.dumps({"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]})
 
 
-def document(batch: list[Exchange]) -> bytes:
-    """Return an ExportTraceServiceRequest in OTLP's JSON encoding."""
-    profile = batch[-1].profile
-    resource = {"service.name": "sidegate", "service.version": _VERSION}
-    if profile is not None:
-        server = profile.server
-        resource |= {"k8s.namespace.name": server.namespace, "sidegate.workload": server.workload, "sidegate.server": server.name}
-    scope = {"scope": {"name": "sidegate", "version": _VERSION}, "spans": [span(each) for each in batch]}
-    return orjson.dumps({"resourceSpans": [{"resource": {"attributes": _attributes(resource)}, "scopeSpans": [scope]}]})
-
-
-def span(exchange: Exchange) -> dict[str, Any]:
-    """Return the span of *exchange*."""
-    message, refusal = exchange.message, exchange.refusal
-    target = None if message is None else message.target
-    name = "unreadable" if message is None else message.method
-    attributes: dict[str, Any] = {
-        "mcp.method.name": None if message is None else message.method,
-        "mcp.session.id": exchange.session_id,
-        "mcp.protocol.version": exchange.protocol_version,
-        "jsonrpc.request.id": None if message is None or message.id is None else str(message.id),
-        "network.transport": "tcp",
-        "client.address": exchange.connection.client.rpartition(":")[0],
-        "http.response.status_code": exchange.status,
-        "error.type": error_type(exchange) or None,
-        "rpc.response.status_code": None if exchange.error_code is None else str(exchange.error_code),
-        "sidegate.agent.session": exchange.agent.session,
-        "sidegate.decision": "refused" if exchange.admission is None else "allowed",
-        "sidegate.decision.reason": None if refusal is None else str(refusal.reason),
-        "sidegate.bundle.revision": exchange.revision,
-        "sidegate.judge.duration_s": exchange.judged_s,
-        "sidegate.upstream.duration_s": exchange.upstream_s,
-    }
-    if isinstance(target, Tool | Prompt):
-        name = f"{name} {target.name}"
-        attributes["gen_ai.tool.name" if isinstance(target, Tool) else "gen_ai.prompt.name"] = target.name
-    if isinstance(target, Tool):
-        attributes["gen_ai.operation.name"] = "execute_tool"
-        attributes |= _content(exchange, target)
-    attributes |= _who(exchange)
-    described: dict[str, Any] = {
+def span(exchange: Exchange, profile: Profile) -> dict[str, Any]:
+    """Return the span of *exchange* in OTLP's JSON."""
+    document: dict[str, Any] = {
         "traceId": exchange.trace_id,
         "spanId": exchange.span_id,
-        "name": name,
-        "kind": SERVER_KIND,
+        "name": _name(exchange),
+        "kind": _SERVER_KIND,
         "startTimeUnixNano": str(exchange.started_ns),
         "endTimeUnixNano": str(exchange.started_ns + int(exchange.total_s * 1e9)),
-        "attributes": _attributes(attributes),
+        "attributes": _pairs(
+            _attributes(exchange) | (_content(exchange, profile) if profile.telemetry.content else {})
+        ),
+        "status": {"code": _ERROR} if _is_error(exchange) else {},
     }
     if exchange.parent_id is not None:
-        described["parentSpanId"] = exchange.parent_id
-    if refusal is not None and refusal.reason in (Reason.FAULT, Reason.UPSTREAM):
-        described["status"] = {"code": ERROR_STATUS, "message": refusal.public}
+        document["parentSpanId"] = exchange.parent_id
+    return document
+
+
+def _name(exchange: Exchange) -> str:
+    """Return `{method} {tool or prompt}`; never a URI, which would be a name of its own for each resource."""
+    message = exchange.message
+    if message is None:
+        return "unreadable"
+    target = message.target
+    return f"{message.method} {cut(target.name)}" if isinstance(target, Tool | Prompt) else message.method
+
+
+def _attributes(exchange: Exchange) -> dict[str, str | None]:
+    message, principal, agent = exchange.message, exchange.principal, exchange.agent
+    user = None if principal is None else principal.user
+    address, _, port = exchange.connection.client.rpartition(":")
+    return {
+        "mcp.session.id": exchange.session_id,
+        "mcp.protocol.version": exchange.protocol_version,
+        "network.transport": "tcp",
+        "client.address": address.strip("[]") or None,
+        "client.port": port or None,
+        "error.type": error_type(exchange) or None,
+        "rpc.response.status_code": None if exchange.error_code is None else str(exchange.error_code),
+        "sidegate.decision": "refused" if exchange.admission is None else "allowed",
+        "sidegate.policy.revision": exchange.revision or None,
+        "sidegate.agent.session": agent.session,
+        "sidegate.agent.client_name": agent.client_name,
+        "sidegate.workload.spiffe_id": None if principal is None else str(principal.workload or "") or None,
+        "sidegate.user.id": None if user is None else user.id,
+        "sidegate.user.issuer": None if user is None else user.issuer,
+        **({} if message is None else _described(message)),
+    }
+
+
+def _described(message: Message) -> dict[str, str | None]:
+    described: dict[str, str | None] = {
+        "mcp.method.name": message.method,
+        "jsonrpc.request.id": None if message.id is None else str(message.id),
+    }
+    match message.target:
+        case Tool(name=name):
+            described |= {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": cut(name)}
+        case Prompt(name=name):
+            described["gen_ai.prompt.name"] = cut(name)
+        case Resource(uri=uri):
+            described["mcp.resource.uri"] = cut(uri)
     return described
 
 
-def _who(exchange: Exchange) -> dict[str, Any]:
-    principal = exchange.principal
-    user = None if principal is None else principal.user
+def _content(exchange: Exchange, profile: Profile) -> dict[str, str | None]:
+    """Return arguments and result, redacted and cut as in the audit trail: opt-in, since many read a collector."""
+    message, audit = exchange.message, profile.audit
+    if message is None or not isinstance(message.target, Tool):
+        return {}
+    result = answer(exchange, audit)
     return {
-        "sidegate.caller.spiffe_id": None if principal is None or principal.workload is None else str(principal.workload),
-        "enduser.id": None if user is None else user.id,
-        "sidegate.user.email": None if user is None else user.email,
-        "sidegate.user.issuer": None if user is None else user.issuer,
+        "gen_ai.tool.call.arguments": redact(message.target.arguments, audit.redact).cut(audit.max_bytes),
+        "gen_ai.tool.call.result": None if result is None else result.cut(audit.max_bytes),
     }
 
 
-def _content(exchange: Exchange, tool: Tool) -> dict[str, Any]:
-    """Return the call's content where the profile asks for it; off by default (semantic conventions: sensitive)."""
-    profile = exchange.profile
-    if profile is None or not profile.telemetry.content:
-        return {}
-    audit = profile.audit
-    content = {"gen_ai.tool.call.arguments": redact(tool.arguments, audit.redact).cut(audit.max_bytes)}
-    if exchange.result is not None:
-        result = redact(orjson.loads(exchange.result).get("result"), audit.redact)
-        content["gen_ai.tool.call.result"] = result.cut(audit.max_bytes)
-    return content
+def _is_error(exchange: Exchange) -> bool:
+    """Return whether the span failed; what the caller did wrong is no error of the server (conventions, span status)."""
+    if exchange.refusal is not None:
+        return exchange.refusal.reason in (Reason.UPSTREAM, Reason.FAULT, Reason.NOT_READY)
+    code = exchange.error_code
+    return error_type(exchange) == TOOL_ERROR or code == -32603 or (code is not None and -32099 <= code <= -32000)
 
 
-def _attributes(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return OTLP key-values; what is None is left out. Integers travel as strings (protobuf's JSON)."""
-    return [{"key": key, "value": _value(value)} for key, value in values.items() if value is not None and value != ""]
+def _resource(profile: Profile) -> dict[str, str | None]:
+    server = profile.server
+    return {
+        "service.name": server.name,
+        "service.namespace": server.namespace,
+        "service.version": server.version or None,
+        "k8s.namespace.name": server.namespace,
+        "sidegate.server.workload": server.workload,
+    }
 
 
-def _value(value: Any) -> dict[str, Any]:
-    if isinstance(value, int):
-        return {"intValue": str(value)}
-    return {"doubleValue": value} if isinstance(value, float) else {"stringValue": value}
+def _pairs(attributes: dict[str, str | None]) -> list[dict[str, Any]]:
+    """Return OTLP's KeyValues; what is None is left out."""
+    return [
+        {"key": key, "value": {"intValue" if key in _INTEGERS else "stringValue": value[:MAX_VALUE_CHARS]}}
+        for key, value in attributes.items()
+        if value is not None
+    ]
 
 
-_VERSION: Final = metadata.version("sidegate")
+_INTEGERS: Final = frozenset({"client.port"})  # protobuf's JSON writes 64-bit integers as strings

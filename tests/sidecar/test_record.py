@@ -217,7 +217,9 @@ def test_line_is_total_and_one_line(
         params={},
     )
 
-    record = _written(an_exchange(message, error_code=code, result=result, session_id=name))
+    profile = a_profile(audit=Audit(redact=()))
+
+    record = _written(an_exchange(message, profile=profile, error_code=code, result=result, session_id=name))
 
     assert (arguments or {}) == record["arguments"]["content"]
 
