@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' sidecar/__init__.py)
 UV = uv==0.13.9
 
 # One environment per content of these two files: a new lock makes a new stamp.
@@ -13,13 +13,17 @@ READY = $(VENV)/.locked-$(shell cat requirements/dev.txt pyproject.toml | cksum 
 .DEFAULT_GOAL := help
 .SILENT:
 MAKEFLAGS += --no-print-directory
-.PHONY: help lint test e2e test-all-pythons lock images clean
+.PHONY: help demo lint test e2e bench docs examples test-all-pythons lock images clean
 
 help:
+	echo "make demo              a public server, governed on this machine; ONCE=1: run it once and check it"
 	echo "make lint              style, types, layers, spelling, Dockerfile"
 	echo "make test              everything that needs no root"
 	echo "make e2e               a real cluster with real SPIRE (root)"
 	echo "make test-all-pythons  make test under 3.11, 3.12 and 3.13"
+	echo "make bench             what a call costs here, nginx and Envoy beside it"
+	echo "make docs              write the generated reference pages again"
+	echo "make examples          build the examples' signed bundles again"
 	echo "make lock              resolve requirements/*.txt again"
 	echo "make images            both container images (docker, podman or buildah)"
 	echo "make clean             remove what the others made"
@@ -36,6 +40,9 @@ $(READY): requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/.locked-*
 	touch $@
+
+demo: $(READY)
+	$(BIN)/sidegate demo $(if $(ONCE),--once)
 
 lint: $(READY)
 	echo "lint: ruff"
@@ -64,6 +71,15 @@ e2e: $(READY)
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire" tests
 
+bench: $(READY)
+	$(BIN)/python -m bench
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+examples: $(READY)
+	$(BIN)/python examples/article/build.py $$($(BIN)/python -m tests.parts opa)
+
 test-all-pythons:
 	set -e; missing=; for version in 3.11 3.12 3.13; do \
 	  found=; for candidate in python$$version $(HOME)/.pyenv/versions/$$version.*/bin/python; do \
@@ -83,7 +99,7 @@ lock:
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
 	echo "lock: dev, sidecar, webhook"
-	$(COMPILE) --upgrade --extra sidecar --extra webhook --extra dev pyproject.toml >build/dev.txt
+	$(COMPILE) --upgrade --extra sidecar --extra webhook --extra dev --extra demo pyproject.toml >build/dev.txt
 	mv build/dev.txt requirements/dev.txt
 	for plane in sidecar webhook; do \
 	  $(COMPILE) --constraint requirements/dev.txt --extra $$plane --output-file build/$$plane.txt $(UNUSED) pyproject.toml >/dev/null \

@@ -33,7 +33,7 @@ PYTHON_PACKAGES = (
     "protobuf>=6,<7",
     "spiffe==0.3.2",
 )
-ARTICLE = (REPOSITORY / "examples" / "article" / "rego" / "authz.rego").read_text()
+ARTICLE = (REPOSITORY / "examples" / "article" / "rego" / "article.rego").read_text()
 
 
 @functools.cache

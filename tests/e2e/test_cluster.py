@@ -160,10 +160,17 @@ def test_network_policy_drops_what_it_does_not_allow(here: Workspace) -> None:
     here.cluster.wait_until("the friend is answered", lambda: here.fetch("friend", "http://web/") == "hello")
 
 
-def test_only_the_selected_container_gets_an_svid(here: Workspace, spire: Spire) -> None:
-    """A native sidecar gets its SVID through the CSI volume; with a container-name selector its neighbour gets none."""
-    here.cluster.apply(
-        {
+class Workload:
+    """A pod with a native sidecar that may have an SVID, and an application that may not; both see the Workload API."""
+
+    def __init__(self, here: Workspace, spire: Spire) -> None:
+        self.here = here
+        self.identity = f"spiffe://{spire.trust_domain}/ns/{here.namespace}/pod/workload"
+        mount = {"volumeMounts": [{"name": "spiffe", "mountPath": "/spiffe-workload-api", "readOnly": True}]}
+        fields = {"image": "localhost/spire:1", **mount}
+        sidecar = a_container("sidecar", restartPolicy="Always", securityContext={"runAsUser": 15100}, **fields)
+        volumes = [{"name": "spiffe", "csi": {"driver": "csi.spiffe.io", "readOnly": True}}]
+        entry = {
             "apiVersion": "spire.spiffe.io/v1alpha1",
             "kind": "ClusterSPIFFEID",
             "metadata": {"name": here.namespace},
@@ -173,29 +180,44 @@ def test_only_the_selected_container_gets_an_svid(here: Workspace, spire: Spire)
                 "workloadSelectorTemplates": ["k8s:container-name:sidecar"],
             },
         }
-    )
-    mount = {"volumeMounts": [{"name": "spiffe", "mountPath": "/spiffe-workload-api", "readOnly": True}]}
-    programs = {"image": "localhost/spire:1", **mount}
-    here.run(
-        a_pod(
-            "workload",
-            a_container("app", **programs),
-            initContainers=[
-                a_container("sidecar", restartPolicy="Always", **programs, securityContext={"runAsUser": 15100})
-            ],
-            volumes=[{"name": "spiffe", "csi": {"driver": "csi.spiffe.io", "readOnly": True}}],
-        )
-    )
+        here.run(entry, a_pod("workload", a_container("app", **fields), initContainers=[sidecar], volumes=volumes))
 
-    def fetch_svid(container: str) -> str:
+    def fetch(self, container: str) -> str:
+        """What the Workload API tells *container*. Raises CommandError when it tells nothing."""
         command = ("/opt/spire-agent", "api", "fetch", "x509", "-socketPath", _SOCKET, "-timeout", "2s")
-        return here.kubectl("exec", "workload", f"--container={container}", "--", *command)
+        return self.here.kubectl("exec", "workload", f"--container={container}", "--", *command)
 
-    identity = f"spiffe://{spire.trust_domain}/ns/{here.namespace}/pod/workload"
-    here.cluster.wait_until("the sidecar has its SVID", lambda: identity in fetch_svid("sidecar"))
+    def wait_for_svid(self) -> None:
+        """Return once the sidecar has its identity."""
+        self.here.cluster.wait_until("the sidecar has its SVID", lambda: self.identity in self.fetch("sidecar"))
+
+
+def test_only_the_selected_container_gets_an_svid(here: Workspace, spire: Spire) -> None:
+    """A native sidecar gets its SVID through the CSI volume; with a container-name selector its neighbour gets none."""
+    workload = Workload(here, spire)
+
+    workload.wait_for_svid()
+
     with pytest.raises(CommandError, match="no identity issued"):
-        fetch_svid("app")
-    here.cluster.kubectl("delete", "clusterspiffeid", here.namespace)
+        workload.fetch("app")
+
+
+def test_spire_comes_back_the_same_after_a_stop(here: Workspace, spire: Spire) -> None:
+    """Server and agent can be stopped and started under a running pod: no API meanwhile, then the same authority."""
+    workload = Workload(here, spire)
+    workload.wait_for_svid()
+    bundle = ("--namespace", "spire-system", "configmap", "spire-bundle")
+    before = here.cluster.get(*bundle)["data"]["bundle.crt"]
+
+    spire.stop_agent()
+    spire.stop_server()
+    with pytest.raises(CommandError):
+        workload.fetch("sidecar")
+    spire.start_server()
+    spire.start_agent()
+
+    workload.wait_for_svid()
+    assert here.cluster.get(*bundle)["data"]["bundle.crt"] == before
 
 
 def test_the_collector_writes_the_spans_it_receives(here: Workspace) -> None:

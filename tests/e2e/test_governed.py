@@ -82,12 +82,12 @@ def test_the_record_and_the_span_say_who_did_what(governed: Governed) -> None:
 
     record = next(
         each for each in reversed(governed.audit("records"))
-        if each.get("method") == "tools/call" and each["agent"]["session"] == "session-7f3a"
+        if (each["message"] or {}).get("method") == "tools/call" and each["agent"]["session"] == "session-7f3a"
     )  # fmt: skip
     caller = f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default"
-    assert record["user"]["email"] == "bob@corp.example"
-    assert record["workload"] == caller
-    assert record["tool"] == "execute_query"
+    assert record["who"]["user"]["email"] == "bob@corp.example"
+    assert record["who"]["workload"] == caller
+    assert record["message"]["tool"] == "execute_query"
     assert record["arguments"]["content"] == {"sql": "SELECT 42", "password": "[redacted]"}
     assert "SELECT 42" in json.dumps(record["result"]["content"])
     assert record["decision"]["outcome"] == "allowed"
