@@ -222,12 +222,14 @@ class X509Source:
         raise WorkloadApiError(WorkloadReason.NO_AGENT, "agent closed the stream")
 
     def _patience_s(self) -> float:
-        """Return how long the stream may be silent: agents renew at half life, two thirds are late."""
+        """Return how long the stream may be silent: agents renew at half life, so at two thirds something is wrong."""
         least_s = self._timing.patience_min_s
         if self._snapshot is None:
             return least_s
-        svid = self._snapshot.svid
-        return max(least_s, self._remaining_s(self._snapshot) - (svid.not_after - svid.not_before).total_seconds() / 3)
+        svid, remaining_s = self._snapshot.svid, self._remaining_s(self._snapshot)
+        life_s = (svid.not_after - svid.not_before).total_seconds()
+        # Then ever sooner, but not at a steady rate: with a long life that would be hundreds of attestations.
+        return max(least_s, remaining_s - life_s / 3, remaining_s / 4)
 
     def _accept(self, update: Any) -> None:
         """Take *update* (an X509SVIDResponse) over when all of it is good; else note the trouble and go on."""

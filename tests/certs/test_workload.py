@@ -18,7 +18,7 @@ from certs.spiffe import SpiffeId
 from certs.svid import X509Snapshot
 from certs.workload import Selection, WorkloadState, X509Source, socket_path
 from tests.certs.agents import FAST, a_socket, an_agent, eventually, ready, running
-from tests.certs.pki import A_TEST, API, B_TEST
+from tests.certs.pki import A_TEST, API, B_TEST, NOW
 
 OTHER = SpiffeId.parse("spiffe://a.test/other")
 
@@ -340,30 +340,31 @@ async def test_a_silent_stream_is_opened_anew_in_the_last_third_of_the_svids_lif
         identities=[Identity(spiffe_id=API)],
         in_cluster=False,
     )
-    source = a_source(socket, shift=timedelta(minutes=45))
+    source = a_source(socket, shift=timedelta(minutes=59, seconds=57))
     async with running(agent, source):
         await ready(source)
-        await eventually(lambda: agent.streams > 2)
+        await eventually(lambda: agent.streams > 1)
 
         assert source.is_ready
 
 
-def test_a_silent_stream_is_left_alone_until_then() -> None:
-    """With two thirds of the life left there is nothing to worry about."""
-    source = a_source(Path("/nowhere"))
-    now = datetime.now(UTC)
+@pytest.mark.parametrize(("age_s", "patience_s"), [(30, 30), (60, 7.5), (80, 2.5), (100, 0.2)])
+def test_a_silent_stream_is_left_alone_until_then(age_s: int, patience_s: float) -> None:
+    """Up to two thirds of the life there is nothing to worry about; afterwards it is asked ever sooner."""
+    now = NOW
+    source = X509Source("unix:/nowhere", timing=FAST, now=lambda: now)
 
     class Fresh:
         """A snapshot as far as waiting is concerned."""
 
         class svid:  # noqa: N801 - an attribute
-            """Good for 90 s, 30 of them over."""
+            """Good for 90 s in all."""
 
-            not_before, not_after = now - timedelta(seconds=30), now + timedelta(seconds=60)
+            not_before, not_after = now - timedelta(seconds=age_s), now + timedelta(seconds=90 - age_s)
 
     source._snapshot = Fresh  # type: ignore[assignment]
 
-    assert 29 < source._patience_s() <= 30
+    assert source._patience_s() == patience_s
 
 
 async def test_an_agent_that_never_answers_is_given_up(socket: Path) -> None:
