@@ -1,0 +1,290 @@
+"""Requirements on the Helm chart: what it renders, what it refuses, and that it agrees with the code it starts."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import msgspec
+import pytest
+import yaml
+
+from tests.chart.render import CHART, NAMESPACE, VALUES, golden, helm, manifests, rendered
+from webhook.config import PREFIX, Settings
+from webhook.core import annotations, container, injection
+from webhook.core.resources import Selector
+
+MINIMAL = next(each for each in VALUES if each.stem == "minimal")
+by_values = pytest.mark.parametrize("values", VALUES, ids=lambda values: values.stem)
+
+NOT_IN_THE_CHART = {"KUBECONFIG", "LISTEN_HOST", "ADMISSION_PORT", "BUNDLES_PORT", "METRICS_PORT", "OPA"}
+"""Development only, or fixed by the image and the manifests."""
+
+
+def one(values: Path, kind: str, name: str | None = None) -> dict[str, Any]:
+    """The only object of *kind*, or the one called *name*."""
+    found = [each for each in manifests(values) if each["kind"] == kind and name in {None, each["metadata"]["name"]}]
+    assert len(found) == 1
+    return found[0]
+
+
+def pods(values: Path) -> list[dict[str, Any]]:
+    """The specs of all pods that the chart starts."""
+    return [each["spec"]["template"]["spec"] for each in manifests(values) if each["kind"] in {"Deployment", "Job"}]
+
+
+def environment(values: Path) -> dict[str, str]:
+    """The control plane's environment."""
+    (process,) = one(values, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return {each["name"]: each.get("value", NAMESPACE) for each in process["env"]}
+
+
+@by_values
+def test_rendering_is_the_reviewed_one(values: Path) -> None:
+    """A change of the manifests shows as one; `python -m tests.chart.render` writes them anew."""
+    assert golden(values).read_text() == rendered(values)
+
+
+def test_no_golden_file_is_left_over() -> None:
+    """Each golden file has its values."""
+    assert {each.name for each in golden(MINIMAL).parent.iterdir()} == {each.name for each in VALUES}
+
+
+@by_values
+def test_helm_finds_nothing_to_complain_of(values: Path) -> None:
+    """Linting is strict."""
+    done = helm("lint", "--strict", CHART, "--values", values)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@by_values
+@pytest.mark.parametrize("version", ["1.33", "1.36", "1.37"])
+def test_manifests_are_valid_where_the_chart_is_supported(values: Path, version: str) -> None:
+    """The API server's own schemas know every field; SPIRE's resources are judged in the real cluster."""
+    for manifest in manifests(values):
+        if manifest["apiVersion"] != "spire.spiffe.io/v1alpha1":
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_older_kubernetes_is_refused() -> None:
+    """Before 1.33 the named port of a native sidecar reaches no Service."""
+    done = helm("template", "sidegate", CHART, "--values", MINIMAL, "--kube-version", "1.32.9")
+
+    assert done.returncode != 0
+    assert "chart requires kubeVersion: >=1.33.0-0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("spiffe.trustDomain=", "/spiffe/trustDomain"),
+        ("spiffe.trustDomain=spiffe://example.org", "/spiffe/trustDomain"),
+        ("spiffe.trustdomain=example.org", "'trustdomain' not allowed"),
+        ("spiffe.socket=unix:/run/agent.sock", "/spiffe/socket"),
+        ("capture.default=none", "/capture/default"),
+        ("defaults.mtls=off", "/defaults/mtls"),
+        ("image.sidecar.digest=latest", "/image/sidecar/digest"),
+        ("image.tag=1", "'tag' not allowed"),
+        ("image.pullPolicy=always", "/image/pullPolicy"),
+        ("sidecar.resources.limits.memory=lots", "/sidecar/resources/limits/memory"),
+        ("telemetry.otlpEndpoint=collector:4318", "/telemetry/otlpEndpoint"),
+        ("replicas=0", "/replicas"),
+        ("webhook.timeoutSeconds=31", "/webhook/timeoutSeconds"),
+        ("webhook.failurePolicy=Ignore", "'failurePolicy' not allowed"),
+        ("logLevel=trace", "/logLevel"),
+        ("unheardOf=1", "'unheardOf' not allowed"),
+    ],
+)
+def test_wrong_values_are_refused(setting: str, complaint: str) -> None:
+    """A mistyped value is named before anything is installed."""
+    done = helm("template", "sidegate", CHART, "--values", MINIMAL, "--set", setting)
+
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+@by_values
+def test_the_control_plane_accepts_its_environment(values: Path) -> None:
+    """Every variable exists and every value is one that the code allows."""
+    read = Settings.from_env(environment(values))
+
+    assert read.namespace == NAMESPACE
+    assert read.control_plane_id.endswith(
+        f"/ns/{NAMESPACE}/sa/{one(values, 'ServiceAccount', read.service)['metadata']['name']}"
+    )
+    assert read.capture == yaml.safe_load(values.read_text()).get("capture", {}).get("default", "redirect")
+
+
+def test_every_setting_can_be_made_by_values() -> None:
+    """No setting of the control plane is out of an operator's reach."""
+    settings = {PREFIX + name.upper() for name in Settings.__dataclass_fields__}
+
+    assert settings - set(environment(MINIMAL)) == {PREFIX + name for name in NOT_IN_THE_CHART}
+
+
+def test_defaults_of_the_chart_are_those_of_the_code() -> None:
+    """What is documented once must not differ in the other place."""
+    read = Settings.from_env(environment(MINIMAL))
+    named_by_release = {"image", "control_plane_id", "service", "webhook_configuration", "ca_secret", "signing_secret"}
+    differing = {
+        name
+        for name, each in Settings.__dataclass_fields__.items()
+        if getattr(read, name) != each.default and name not in named_by_release
+    }
+
+    assert differing == set()
+
+
+def test_ports_are_those_of_the_code() -> None:
+    """Service and container send to where the process listens."""
+    read = Settings.from_env(environment(MINIMAL))
+    (process,) = pods(MINIMAL)[0]["containers"]
+    listening = {each["name"]: each["containerPort"] for each in process["ports"]}
+
+    assert listening == {"admission": read.admission_port, "bundles": read.bundles_port, "metrics": read.metrics_port}
+    assert {each["targetPort"] for each in one(MINIMAL, "Service")["spec"]["ports"]} <= set(listening)
+
+
+@by_values
+def test_what_the_process_owns_is_not_rendered(values: Path) -> None:
+    """A rendered caBundle or Secret would fight with the one who renews it, at every upgrade."""
+    assert all(each["kind"] != "Secret" for each in manifests(values))
+    assert all(
+        "caBundle" not in each["clientConfig"] for each in one(values, "MutatingWebhookConfiguration")["webhooks"]
+    )
+
+
+@by_values
+def test_own_pods_meet_the_restricted_standard(values: Path) -> None:
+    """The control plane runs where Pod Security enforces its strictest level."""
+    for pod in pods(values):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert all(set(volume) - {"name"} <= {"csi", "emptyDir"} for volume in pod.get("volumes", ()))
+        for process in pod["containers"]:
+            assert process["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+            }
+
+
+@by_values
+def test_rights_are_the_least(values: Path) -> None:
+    """No wildcard; Secrets and webhook configurations by name only, save for the creation, which cannot be."""
+    for role in (each for each in manifests(values) if each["kind"] in {"Role", "ClusterRole"}):
+        for rule in role["rules"]:
+            assert "*" not in {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
+            if rule["verbs"] != ["create"] and {"secrets", "mutatingwebhookconfigurations"} & set(rule["resources"]):
+                assert rule["resourceNames"]
+            if "secrets" in rule["resources"]:
+                assert role["kind"] == "Role"
+
+
+def test_rights_cover_every_custom_resource() -> None:
+    """What the chart defines the control plane may read."""
+    defined = {yaml.safe_load(each.read_text())["spec"]["names"]["plural"] for each in (CHART / "crds").iterdir()}
+    (readable,) = (
+        set(rule["resources"])
+        for rule in one(MINIMAL, "ClusterRole", "sidegate")["rules"]
+        if rule["apiGroups"] == [annotations.GROUP]
+    )
+
+    assert readable == defined
+
+
+@by_values
+def test_a_namespace_is_governed_by_exactly_what_its_labels_say(values: Path) -> None:
+    """Of the three webhooks at most one matches, and its path is the policy that the code reads from it."""
+    webhooks = one(values, "MutatingWebhookConfiguration")["webhooks"]
+    selectors = {
+        each["clientConfig"]["service"]["path"]: msgspec.convert(each["namespaceSelector"], Selector)
+        for each in webhooks
+    }
+    assert set(selectors) == {f"/mutate/{policy}" for policy in injection.NamespacePolicy}
+
+    expected = {"enabled": {"optional"}, "enforced": {"enforced"}}
+    for label, glass in itertools.product((None, "enabled", "enforced", "disabled"), (None, "allowed", "no")):
+        labels = {"kubernetes.io/metadata.name": "team"}
+        labels |= {injection.INJECTION_LABEL: label} if label else {}
+        labels |= {injection.BREAK_GLASS_LABEL: glass} if glass else {}
+        matching = {path.removeprefix("/mutate/") for path, selector in selectors.items() if selector.matches(labels)}
+
+        assert matching == (
+            {"break-glass"} if (label, glass) == ("enforced", "allowed") else expected.get(label or "", set())
+        )
+
+
+@by_values
+@pytest.mark.parametrize(
+    "protected",
+    [
+        {"kubernetes.io/metadata.name": "kube-system"},
+        {"kubernetes.io/metadata.name": NAMESPACE},
+        {"kubernetes.io/metadata.name": "team", "control-plane": "true"},
+        {"kubernetes.io/metadata.name": "team", "kubernetes.azure.com/managedby": "aks"},
+    ],
+    ids=lambda labels: "-".join(labels.values()),
+)
+def test_the_cluster_can_always_heal_itself(values: Path, protected: dict[str, str]) -> None:
+    """Namespaces that everything else needs, our own among them, never wait for the webhook, whatever their labels."""
+    for each in one(values, "MutatingWebhookConfiguration")["webhooks"]:
+        selector = msgspec.convert(each["namespaceSelector"], Selector)
+        for label in ("enabled", "enforced"):
+            assert not selector.matches(protected | {injection.INJECTION_LABEL: label})
+
+
+@by_values
+def test_the_webhook_fails_closed(values: Path) -> None:
+    """No answer in time means no pod; a dry run changes nothing; other webhooks' changes are seen."""
+    for each in one(values, "MutatingWebhookConfiguration")["webhooks"]:
+        assert each["failurePolicy"] == "Fail"
+        assert each["sideEffects"] == "None"
+        assert each["reinvocationPolicy"] == "IfNeeded"
+        assert [(rule["operations"], rule["resources"]) for rule in each["rules"]] == [(["CREATE"], ["pods"])]
+
+
+def test_identities_are_for_our_containers_only() -> None:
+    """The application beside the sidecar gets no identity, and neither does a pod that is not governed."""
+    control_plane = one(MINIMAL, "ClusterSPIFFEID", "sidegate-control-plane")["spec"]
+    governed = one(MINIMAL, "ClusterSPIFFEID", "sidegate-governed")["spec"]
+    (process,) = pods(MINIMAL)[0]["containers"]
+
+    assert control_plane["workloadSelectorTemplates"] == [f"k8s:container-name:{process['name']}"]
+    assert governed["workloadSelectorTemplates"] == [f"k8s:container-name:{container.SIDECAR}"]
+    assert governed["podSelector"]["matchExpressions"] == [{"key": annotations.INJECTED, "operator": "Exists"}]
+    assert governed["spiffeIDTemplate"] == control_plane["spiffeIDTemplate"]
+
+
+def test_the_agent_socket_is_where_both_planes_look_for_it() -> None:
+    """Mounts and addresses agree."""
+    (process,) = pods(MINIMAL)[0]["containers"]
+    address = Settings.from_env(environment(MINIMAL)).spiffe_socket
+
+    assert {each["name"]: each["mountPath"] for each in process["volumeMounts"]}["spiffe"] == str(
+        Path(address[5:]).parent
+    )
+
+
+def test_one_replica_is_warned_of() -> None:
+    """The notes say what it means; with more, there is a budget for disruptions."""
+    alone = next(each for each in VALUES if each.stem == "unprivileged")
+    notes = helm("install", "sidegate", CHART, "--values", alone, "--dry-run=client").stdout.partition("NOTES:")[2]
+
+    assert "WARNING: one replica" in notes
+    assert "k8s:container-name:sidegate" in notes  # identities are to be registered by hand
+    assert all(each["kind"] != "PodDisruptionBudget" for each in manifests(alone))
+    assert one(MINIMAL, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
+def test_the_uninstall_hook_can_delete_one_object() -> None:
+    """It runs our own image, with one right on one name."""
+    role = one(MINIMAL, "ClusterRole", "sidegate-removal")
+    (process,) = pods(MINIMAL)[1]["containers"]
+    name = one(MINIMAL, "MutatingWebhookConfiguration")["metadata"]["name"]
+
+    assert [(rule["verbs"], rule["resourceNames"]) for rule in role["rules"]] == [(["delete"], [name])]
+    assert process["command"] == ["python", "-m", "webhook.shell.removal", name]
+    assert process["image"] == pods(MINIMAL)[0]["containers"][0]["image"]
