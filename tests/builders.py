@@ -59,7 +59,9 @@ def a_request(method: str, params: Mapping[str, Any] | None = None, *, request_i
     return orjson.dumps({"jsonrpc": "2.0", "id": request_id, "method": method, "params": params or {}})
 
 
-def a_call(tool: str = "read_schema", arguments: Mapping[str, Any] | None = None, *, request_id: str | int = 7) -> bytes:
+def a_call(
+    tool: str = "read_schema", arguments: Mapping[str, Any] | None = None, *, request_id: str | int = 7
+) -> bytes:
     """A tools/call, as a client writes it."""
     return a_request("tools/call", {"name": tool, "arguments": arguments or {}}, request_id=request_id)
 
@@ -90,7 +92,9 @@ def a_server(**changes: Any) -> Server:
     return Server(**{"namespace": "pay", "workload": "billing", "name": "billing", "port": 8000, **changes})
 
 
-def a_question(message: Message | bytes = b"", *, principal: Principal | None = None, session: str | None = None) -> Question:
+def a_question(
+    message: Message | bytes = b"", *, principal: Principal | None = None, session: str | None = None
+) -> Question:
     """May *principal* send *message*?"""
     return Question(
         principal=principal or a_principal(),
@@ -101,7 +105,9 @@ def a_question(message: Message | bytes = b"", *, principal: Principal | None = 
     )
 
 
-def a_permit(message: Message | bytes = b"", *, principal: Principal | None = None, session: str | None = None) -> Permit:
+def a_permit(
+    message: Message | bytes = b"", *, principal: Principal | None = None, session: str | None = None
+) -> Permit:
     """Proof that *message* was authorised."""
     return Permit(question=a_question(message, principal=principal, session=session), policies=(), revision="r1")
 

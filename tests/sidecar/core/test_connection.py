@@ -11,7 +11,7 @@ def test_a_header_is_read_by_its_name() -> None:
     """Absent is None, and not empty."""
     connection = a_connection(headers=[(b"accept", b"*/*"), (b"empty", b"")])
 
-    assert ("*/*", "", None) == tuple(connection.header(name) for name in (b"accept", b"empty", b"absent"))
+    assert tuple(connection.header(name) for name in (b"accept", b"empty", b"absent")) == ("*/*", "", None)
 
 
 def test_a_header_given_twice_is_refused_where_it_is_read() -> None:
@@ -94,7 +94,9 @@ def test_without_an_origin_there_is_nothing_to_judge() -> None:
     check_origin(a_connection(), frozenset())
 
 
-@pytest.mark.parametrize("origin", [b"null", b"", b"https://evil.test", b"mcp.test", b"https://mcp.test:8443", b"https://"])
+@pytest.mark.parametrize(
+    "origin", [b"null", b"", b"https://evil.test", b"mcp.test", b"https://mcp.test:8443", b"https://"]
+)
 def test_any_other_origin_is_refused(origin: bytes) -> None:
     """A browser's page of another site: DNS rebinding."""
     with pytest.raises(Refusal) as caught:

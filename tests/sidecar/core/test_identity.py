@@ -54,7 +54,11 @@ def public(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, algorithm: str |
 def keys() -> Keys:
     """What both providers publish."""
     return {
-        ISSUER: {"r": public(rsa_key("r"), "RS256"), "e": public(ec_key("e"), "ES256"), "n": public(rsa_key("n"), None)},
+        ISSUER: {
+            "r": public(rsa_key("r"), "RS256"),
+            "e": public(ec_key("e"), "ES256"),
+            "n": public(rsa_key("n"), None),
+        },
         OTHER: {"o": public(rsa_key("o"), "RS256")},
     }
 
@@ -64,7 +68,11 @@ ABSENT = object()
 
 
 def a_token(
-    claims: Mapping[str, Any] | None = None, *, header: Mapping[str, Any] | None = None, alg: str = "RS256", key: Any = None
+    claims: Mapping[str, Any] | None = None,
+    *,
+    header: Mapping[str, Any] | None = None,
+    alg: str = "RS256",
+    key: Any = None,
 ) -> str:
     """A good token but for what is given; ABSENT takes a claim away."""
     merged = {name: value for name, value in {**CLAIMS, **(claims or {})}.items() if value is not ABSENT}
@@ -126,7 +134,7 @@ def retyped(token: str, **fields: Any) -> str:
 @pytest.mark.parametrize(
     ("token", "user"),
     [
-        pytest.param(lambda: a_token(), "alice", id="RS256"),
+        pytest.param(a_token, "alice", id="RS256"),
         pytest.param(lambda: a_token(header={"kid": "e"}, alg="ES256", key=ec_key("e")), "alice", id="ES256"),
         pytest.param(lambda: a_token(header={"kid": "n"}, key=rsa_key("n")), "alice", id="key without alg"),
         pytest.param(lambda: a_token(header={"typ": "JWT"}), "alice", id="typ JWT"),
@@ -137,7 +145,9 @@ def retyped(token: str, **fields: Any) -> str:
         pytest.param(lambda: a_token({"exp": NOW_S - 29}), "alice", id="expired within leeway"),
         pytest.param(lambda: a_token({"nbf": NOW_S + 29}), "alice", id="nbf within leeway"),
         pytest.param(lambda: a_token({"exp": int(NOW_S) + 24 * 3600}), "alice", id="a whole day"),
-        pytest.param(lambda: a_token({"iss": OTHER}, header={"kid": "o"}, key=rsa_key("o")), "alice", id="second provider"),
+        pytest.param(
+            lambda: a_token({"iss": OTHER}, header={"kid": "o"}, key=rsa_key("o")), "alice", id="second provider"
+        ),
     ],
 )
 def test_a_good_token_names_its_user(token: Any, user: str) -> None:
@@ -197,15 +207,29 @@ def test_a_good_token_names_its_user(token: Any, user: str) -> None:
         pytest.param(lambda: a_token()[:-4], "", id="signature shortened"),
         pytest.param(lambda: a_token(key=rsa_key("x")), "", id="signed by nobody"),
         pytest.param(lambda: a_token(key=rsa_key("o")), "", id="signed by another provider, our key's id"),
-        pytest.param(lambda: a_token({"sub": "bob"}).rpartition(".")[0] + "." + a_token().rpartition(".")[2], "", id="grafted"),
+        pytest.param(
+            lambda: a_token({"sub": "bob"}).rpartition(".")[0] + "." + a_token().rpartition(".")[2], "", id="grafted"
+        ),
         pytest.param(lambda: "x", "not a JWT", id="no JWT"),
         pytest.param(lambda: "..", "not a JWT", id="dots"),
         pytest.param(lambda: a_token() + ".x", "not a JWT", id="a fourth part"),
         pytest.param(lambda: " " + a_token(), "not a JWT", id="two spaces"),
-        pytest.param(lambda: raw_token(b'{"alg":"RS256","kid":"r"}', b"[" * 9000, alg="RS256", key=rsa_key("r")), "not a JWT", id="deep"),  # noqa: E501
-        pytest.param(lambda: raw_token(b'{"alg":"RS256","kid":"r"}', b"[]", alg="RS256", key=rsa_key("r")), "not a JWT", id="list"),
-        pytest.param(lambda: raw_token(b"[]", b"{}", alg="RS256", key=rsa_key("r")), "not a JWT", id="header is a list"),
-        pytest.param(lambda: raw_token(b"\xff", b"{}", alg="RS256", key=rsa_key("r")), "not a JWT", id="header is no text"),
+        pytest.param(
+            lambda: raw_token(b'{"alg":"RS256","kid":"r"}', b"[" * 9000, alg="RS256", key=rsa_key("r")),
+            "not a JWT",
+            id="deep",
+        ),
+        pytest.param(
+            lambda: raw_token(b'{"alg":"RS256","kid":"r"}', b"[]", alg="RS256", key=rsa_key("r")),
+            "not a JWT",
+            id="list",
+        ),
+        pytest.param(
+            lambda: raw_token(b"[]", b"{}", alg="RS256", key=rsa_key("r")), "not a JWT", id="header is a list"
+        ),
+        pytest.param(
+            lambda: raw_token(b"\xff", b"{}", alg="RS256", key=rsa_key("r")), "not a JWT", id="header is no text"
+        ),
         pytest.param(lambda: "x" * (module.MAX_TOKEN_CHARS + 1), "holds no Bearer token", id="too long"),
         pytest.param(lambda: "", "holds no Bearer token", id="empty"),
     ],
@@ -214,7 +238,7 @@ def test_a_bad_token_is_refused(token: Any, detail: str) -> None:
     """Each for its own reason, which only the operator learns."""
     refusal = refused(presented(token()), believed())
 
-    assert (Reason.UNAUTHENTICATED, "the access token does not verify") == (refusal.reason, refusal.public)
+    assert (refusal.reason, refusal.public) == (Reason.UNAUTHENTICATED, "the access token does not verify")
     assert detail in refusal.detail
     assert not isinstance(refusal, UnknownKey)
 
@@ -232,7 +256,7 @@ def test_an_unknown_key_may_be_looked_for(token: Any) -> None:
     refusal = refused(presented(token()), believed())
 
     assert isinstance(refusal, UnknownKey)
-    assert (Reason.UNAUTHENTICATED, PROVIDER) == (refusal.reason, refusal.provider)
+    assert (refusal.reason, refusal.provider) == (Reason.UNAUTHENTICATED, PROVIDER)
 
 
 def test_a_provider_without_keys_is_one_with_an_unknown_key() -> None:
@@ -279,7 +303,7 @@ def test_a_workload_that_matches_a_pattern_may_call() -> None:
     rules = Identity(user="optional", callers=CALLERS)
     principal = authenticate(a_connection(peer=a_peer()), trust(rules, {}), NOW_S)
 
-    assert (AGENT, None, NOW_S + 300) == (principal.workload, principal.user, principal.expires_at_s)
+    assert (principal.workload, principal.user, principal.expires_at_s) == (AGENT, None, NOW_S + 300)
 
 
 @pytest.mark.parametrize("caller", ["spiffe://a.test/ns/other/sa/x", "spiffe://b.test/ns/agents/sa/planner"])
@@ -303,7 +327,7 @@ def test_an_expired_certificate_on_an_open_connection_is_refused() -> None:
     rules = Identity(user="optional", callers=CALLERS)
     refusal = refused(a_connection(peer=a_peer(not_after_s=NOW_S)), trust(rules, {}))
 
-    assert (Reason.UNAUTHENTICATED, "the caller's SVID has expired") == (refusal.reason, refusal.public)
+    assert (refusal.reason, refusal.public) == (Reason.UNAUTHENTICATED, "the caller's SVID has expired")
 
 
 def test_strict_mtls_demands_a_certificate() -> None:
@@ -329,9 +353,11 @@ def test_nobody_in_particular_may_call_where_the_profile_says_so() -> None:
 def test_the_principal_ends_with_the_first_of_its_proofs() -> None:
     """A token's leeway belongs to its life."""
     long, short = a_peer(not_after_s=NOW_S + 900), a_peer(not_after_s=NOW_S + 9)
-    ends = [authenticate(replace(presented(a_token()), peer=peer), believed(), NOW_S).expires_at_s for peer in (long, short)]
+    ends = [
+        authenticate(replace(presented(a_token()), peer=peer), believed(), NOW_S).expires_at_s for peer in (long, short)
+    ]
 
-    assert [NOW_S + 330, NOW_S + 9] == ends
+    assert ends == [NOW_S + 330, NOW_S + 9]
 
 
 # claims
@@ -340,7 +366,9 @@ def test_the_principal_ends_with_the_first_of_its_proofs() -> None:
 def test_claims_are_found_by_name_and_by_path() -> None:
     """Keycloak nests, Auth0 writes URLs."""
     paths = ClaimPaths(id="uid", email="https://x.test/mail", role="a.role", roles="realm.roles", groups="group")
-    rules = Identity(mtls="permissive", providers=(Provider(name="p", issuer=ISSUER, audiences=(AUDIENCE,), claims=paths),))
+    rules = Identity(
+        mtls="permissive", providers=(Provider(name="p", issuer=ISSUER, audiences=(AUDIENCE,), claims=paths),)
+    )
     claims = {
         "uid": "u1",
         "https://x.test/mail": "a@x.test",
@@ -351,8 +379,8 @@ def test_claims_are_found_by_name_and_by_path() -> None:
     user = authenticate(presented(a_token(claims)), believed(rules), NOW_S).user
 
     assert user is not None
-    assert ("u1", "a@x.test", "analyst") == (user.id, user.email, user.role)
-    assert (("r1", "r2"), ("one",)) == (user.roles, user.groups)
+    assert (user.id, user.email, user.role) == ("u1", "a@x.test", "analyst")
+    assert (user.roles, user.groups) == (("r1", "r2"), ("one",))
 
 
 def test_claims_of_another_kind_are_as_absent() -> None:
@@ -364,7 +392,7 @@ def test_claims_of_another_kind_are_as_absent() -> None:
     user = authenticate(presented(a_token({"role": 7, "email": ["x"], "roles": None})), believed(rules), NOW_S).user
 
     assert user is not None
-    assert (None, None, (), ()) == (user.email, user.role, user.roles, user.groups)
+    assert (user.email, user.role, user.roles, user.groups) == (None, None, (), ())
 
 
 # the cache

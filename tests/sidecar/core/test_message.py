@@ -28,7 +28,11 @@ from sidecar.errors import Reason, Refusal
 from tests.builders import a_call, a_request
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
@@ -62,14 +66,14 @@ def test_any_bytes_give_a_message_or_a_refusal(body: bytes) -> None:
     try:
         message = parse(body)
     except Refusal as refusal:
-        assert refusal.reason in (Reason.MALFORMED, Reason.UNKNOWN_METHOD)
+        assert refusal.reason in (Reason.MALFORMED, Reason.UNKNOWN_METHOD)  # noqa: PT017 - either end is right
     else:
         assert isinstance(message, Message)
         assert message.body is body
 
 
 @given(NEARLY, st.sampled_from([None, 1]), st.booleans())
-def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: int | None, ascii_only: bool) -> None:  # noqa: FBT001 - drawn by hypothesis
+def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: int | None, ascii_only: bool) -> None:
     """What passes is read alike by the standard library, orjson and msgspec."""
     body = json.dumps(document, indent=indent, ensure_ascii=ascii_only).encode()
     try:
@@ -94,14 +98,24 @@ def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: in
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":NaN}', "one JSON document", id="NaN"),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":Infinity}', "one JSON document", id="Infinity"),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":1e400}', "", id="a number beyond doubles"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\\ud800"}', "one JSON document", id="lone surrogate"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\\udc00\\ud800"}', "one JSON", id="surrogates swapped"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\xed\xa0\x80"}', "one JSON", id="surrogate as bytes"),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\\ud800"}', "one JSON document", id="lone surrogate"
+        ),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\\udc00\\ud800"}', "one JSON", id="surrogates swapped"
+        ),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\xed\xa0\x80"}', "one JSON", id="surrogate as bytes"
+        ),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":"\xff"}', "one JSON document", id="no UTF-8"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","x":' + b"9" * 5000 + b"}", "one JSON", id="huge integer"),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","x":' + b"9" * 5000 + b"}", "one JSON", id="huge integer"
+        ),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/list"}', "twice", id="duplicate method"),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","\\u006dethod":"x"}', "twice", id="duplicate by escape"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":1,"a":1}}', "twice", id="duplicate in depth"),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":1,"a":1}}', "twice", id="duplicate in depth"
+        ),
         pytest.param(b"[" + a_call() + b"]", "batch", id="batch"),
         pytest.param(b"[]", "batch", id="empty batch"),
         pytest.param(b'"ping"', "object", id="string"),
@@ -114,13 +128,17 @@ def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: in
         pytest.param(b'{"jsonrpc":"2.0","id":1}', "has a method", id="neither"),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"Method":"ping"}', "has a method", id="method in another case"),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":7}', "method must be a string", id="method is a number"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', "params must be", id="params by position"),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', "params must be", id="params by position"
+        ),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":null}', "params must be", id="params null"),
         pytest.param(b'{"jsonrpc":"2.0","id":null,"method":"ping"}', "id must be", id="id null"),
         pytest.param(b'{"jsonrpc":"2.0","id":true,"method":"ping"}', "id must be", id="id true"),
         pytest.param(b'{"jsonrpc":"2.0","id":1.0,"method":"ping"}', "id must be", id="id 1.0"),
         pytest.param(b'{"jsonrpc":"2.0","id":{},"method":"ping"}', "id must be", id="id object"),
-        pytest.param(b'{"jsonrpc":"2.0","id":9223372036854775808,"method":"ping"}', "id must be", id="id beyond 64 bit"),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":9223372036854775808,"method":"ping"}', "id must be", id="id beyond 64 bit"
+        ),
         pytest.param(b'{"jsonrpc":"2.0","result":{}}', "id must be", id="response without id"),
         pytest.param(a_request("ping", request_id="x" * (MAX_ID_CHARS + 1)), "id must be", id="id too long"),
         pytest.param(a_request("tools/call", {}), "params.name", id="call without name"),
@@ -128,7 +146,9 @@ def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: in
         pytest.param(a_request("tools/call", {"name": "x", "arguments": []}), "arguments", id="arguments by position"),
         pytest.param(a_request("resources/read", {}), "params.uri", id="read without uri"),
         pytest.param(a_request("completion/complete", {"ref": "x"}), "params.ref", id="reference is text"),
-        pytest.param(a_request("completion/complete", {"ref": {"type": "ref/tool"}}), "params.ref", id="unknown reference"),
+        pytest.param(
+            a_request("completion/complete", {"ref": {"type": "ref/tool"}}), "params.ref", id="unknown reference"
+        ),
     ],
 )
 def test_what_two_readers_could_understand_differently_is_refused(body: bytes, why: str) -> None:
@@ -199,7 +219,7 @@ def test_an_unknown_request_is_refused_with_its_id(method: str) -> None:
     """A method outside the table goes no further, and the caller's SDK finds its call again."""
     refusal = refused(a_request(method, {"name": "x"}, request_id="r-1"))
 
-    assert (Reason.UNKNOWN_METHOD, "r-1") == (refusal.reason, refusal.id)
+    assert (refusal.reason, refusal.id) == (Reason.UNKNOWN_METHOD, "r-1")
 
 
 @pytest.mark.parametrize("method", ["tools/call", "ping", "notifications/unknown"])
@@ -207,7 +227,7 @@ def test_an_unknown_notification_is_refused(method: str) -> None:
     """A call without an id is no notification of MCP's: some servers would run it."""
     refusal = refused(b'{"jsonrpc":"2.0","method":"%b","params":{"name":"x"}}' % method.encode())
 
-    assert (Reason.UNKNOWN_METHOD, None) == (refusal.reason, refusal.id)
+    assert (refusal.reason, refusal.id) == (Reason.UNKNOWN_METHOD, None)
 
 
 @pytest.mark.parametrize("method", sorted(NOTIFICATIONS))
@@ -215,7 +235,7 @@ def test_a_known_notification_passes(method: str) -> None:
     """What clients send unasked is read as that."""
     message = parse(b'{"jsonrpc":"2.0","method":"%b"}' % method.encode())
 
-    assert (Shape.NOTIFICATION, None, None) == (message.shape, message.id, message.target)
+    assert (message.shape, message.id, message.target) == (Shape.NOTIFICATION, None, None)
 
 
 @pytest.mark.parametrize("outcome", [b'"result":{}', b'"error":{"code":1,"message":""}'])
@@ -223,7 +243,7 @@ def test_an_answer_of_the_client_passes(outcome: bytes) -> None:
     """Answers to sampling and elicitation requests are responses."""
     message = parse(b'{"jsonrpc":"2.0","id":3,%b}' % outcome)
 
-    assert (Shape.RESPONSE, 3) == (message.shape, message.id)
+    assert (message.shape, message.id) == (Shape.RESPONSE, 3)
 
 
 @pytest.mark.parametrize("request_id", [0, -1, MAX_ID, -MAX_ID, "", "x" * MAX_ID_CHARS, "1"])
@@ -242,7 +262,9 @@ def test_a_refusal_of_bad_parameters_carries_the_id() -> None:
 
 def test_long_integers_of_arguments_are_exact() -> None:
     """A policy sees the number that the server will see, not the nearest double."""
-    target = parse(b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":{"n":%d}}}' % 10**29).target
+    target = parse(
+        b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":{"n":%d}}}' % 10**29
+    ).target
 
     assert isinstance(target, Tool)
     assert target.arguments == {"n": 10**29}

@@ -21,7 +21,12 @@ def test_the_owner_gets_the_session() -> None:
 
 @pytest.mark.parametrize(
     ("session_id", "user", "detail"),
-    [("s", "bob", "another principal"), ("s", None, "another principal"), ("t", "alice", "unknown"), ("", "alice", "unknown")],
+    [
+        ("s", "bob", "another principal"),
+        ("s", None, "another principal"),
+        ("t", "alice", "unknown"),
+        ("", "alice", "unknown"),
+    ],
 )
 def test_nobody_else_does(session_id: str, user: str | None, detail: str) -> None:
     """And the caller is not told why, which would say what ids exist."""
@@ -31,7 +36,7 @@ def test_nobody_else_does(session_id: str, user: str | None, detail: str) -> Non
     with pytest.raises(Refusal) as caught:
         sessions.require(session_id, a_principal(user))
 
-    assert (Reason.NOT_FOUND, "this session is not open") == (caught.value.reason, caught.value.public)
+    assert (caught.value.reason, caught.value.public) == (Reason.NOT_FOUND, "this session is not open")
     assert detail in caught.value.detail
 
 
@@ -64,4 +69,4 @@ def test_the_session_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPat
     sessions.require("a", a_principal())
     sessions.open("c", a_principal(), AGENT)
 
-    assert ["a", "c"] == list(sessions.opened)
+    assert list(sessions.opened) == ["a", "c"]

@@ -1,5 +1,7 @@
 """sidecar.core.sse: events as every client reads them, or none."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,18 @@ from hypothesis import strategies as st
 from sidecar.core.sse import MAX_EVENT_BYTES, BadStream, Event, Splitter
 
 LINE = st.sampled_from(
-    [b"data: {}", b"data:{}", b"data", b"data:", b": ping", b"id: 1", b"event: message", b"event: other", b"retry: 5", b"x"]
+    [
+        b"data: {}",
+        b"data:{}",
+        b"data",
+        b"data:",
+        b": ping",
+        b"id: 1",
+        b"event: message",
+        b"event: other",
+        b"retry: 5",
+        b"x",
+    ]
 )
 ENDING = st.sampled_from([b"\n", b"\r\n"])
 STREAM = st.lists(st.tuples(st.lists(st.tuples(LINE, ENDING), max_size=4), ENDING), max_size=5).map(
@@ -28,7 +41,7 @@ def test_a_stream_cut_at_any_byte_gives_the_same_events(stream: bytes, data: st.
     """Where TCP cuts is nobody's meaning."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     bounds = [0, *cuts, len(stream)]
-    pieces = [stream[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [stream[start:end] for start, end in pairwise(bounds)]
 
     assert _outcome(stream) == _outcome(*pieces)
 
@@ -114,7 +127,7 @@ def test_the_cap_is_for_one_event_not_for_the_stream() -> None:
     splitter = Splitter()
     half = b"data: " + b"x" * (MAX_EVENT_BYTES // 2) + b"\n\n"
 
-    assert [1, 1, 1] == [len(splitter.feed(half)) for _ in range(3)]
+    assert [len(splitter.feed(half)) for _ in range(3)] == [1, 1, 1]
 
 
 def test_replaced_data_keeps_the_other_fields() -> None:
@@ -129,4 +142,4 @@ def test_replaced_data_of_several_lines_stays_data() -> None:
     event = split(b"data: x\n\n")[0]
     again = split(event.replaced(b"{\n\n}"))
 
-    assert [b"{\n\n}"] == [each.data for each in again]
+    assert [each.data for each in again] == [b"{\n\n}"]
