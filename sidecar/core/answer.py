@@ -72,25 +72,23 @@ class Answer:
 
     def feed(self, piece: bytes) -> bytes:
         """Return what may go to the client now that *piece* has come; raises Refusal(UPSTREAM)."""
-        match self.mode:
-            case Mode.AS_IT_COMES:
-                if self._is_result:
-                    self._count(piece)
-                return piece
-            case Mode.EVENTS:
-                return self._events(piece)
-            case Mode.WHOLE:
-                self._held += piece
-                if len(self._held) <= MAX_HELD_BYTES:
-                    return b""
-                if isinstance(self._permit.question.message.target, Listing):
-                    raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_HELD_BYTES}")
-                self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
-                held = bytes(self._held)
-                self._held.clear()
-                self._is_result = True
-                self._count(held)
-                return held
+        if self.mode is Mode.EVENTS:
+            return self._events(piece)
+        if self.mode is Mode.AS_IT_COMES:
+            if self._is_result:
+                self._count(piece)
+            return piece
+        self._held += piece
+        if len(self._held) <= MAX_HELD_BYTES:
+            return b""
+        if isinstance(self._permit.question.message.target, Listing):
+            raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_HELD_BYTES}")
+        self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
+        held = bytes(self._held)
+        self._held.clear()
+        self._is_result = True
+        self._count(held)
+        return held
 
     def end(self) -> bytes:
         """Return the rest, now that the response is complete; raises Refusal(UPSTREAM)."""

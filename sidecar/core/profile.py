@@ -13,7 +13,7 @@ from sidecar.errors import BundleError
 FORMAT: Literal[1] = 1
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*$", max_length=512)]
+Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=512)]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
