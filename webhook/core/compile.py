@@ -196,6 +196,7 @@ def cedar(policies: Mapping[str, str], schema: str | None = None) -> Compiled:
     """
     reads: set[str] = set(CEDAR_ENTITIES)
     is_proven = True
+    parsed_schema = None if schema is None else _parsed(schema)
     for name, text in policies.items():
         try:
             parsed = json.loads(cedarpy.policies_to_json_str(text))
@@ -203,8 +204,8 @@ def cedar(policies: Mapping[str, str], schema: str | None = None) -> Compiled:
             raise BadPolicy(name, str(error), **_place(text, str(error))) from error
         if parsed["templates"]:
             raise BadPolicy(name, "a template (?principal, ?resource) is linked to nobody and decides nothing")
-        if schema is not None:
-            _validate(name, text, schema)
+        if parsed_schema is not None:
+            _validate(name, text, parsed_schema)
         for path in _context_paths(parsed["staticPolicies"]):
             if path and path[0] in CEDAR_CONTEXT:
                 reads |= {pointer((*base.split("."), *path[1:])) for base in CEDAR_CONTEXT[path[0]]}
@@ -213,11 +214,15 @@ def cedar(policies: Mapping[str, str], schema: str | None = None) -> Compiled:
     return Compiled(reads=frozenset(reads) if is_proven else None)
 
 
-def _validate(name: str, text: str, schema: str) -> None:
+def _parsed(schema: str) -> cedarpy.Schema:
     try:
-        result = cedarpy.validate_policies(text, schema)
+        return cedarpy.Schema.from_str(schema)
     except ValueError as error:
         raise BadPolicy("schema.cedarschema", str(error)) from error
+
+
+def _validate(name: str, text: str, schema: cedarpy.Schema) -> None:
+    result = cedarpy.validate_policies(text, schema)
     if not result.validation_passed:
         raise BadPolicy(name, "; ".join(error.error for error in result.errors))
 

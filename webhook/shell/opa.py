@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from sidecar.core import profile as profiles
 from sidecar.core.bundle import WASM
@@ -110,7 +110,4 @@ def _inputs(directory: Path) -> list[str]:
 
 def _extract(bundle: Path) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(bundle.read_bytes()), mode="r:gz") as archive:
-        member = archive.extractfile(f"/{WASM}")
-        if member is None:
-            raise BadPolicy("rego", f"opa built no {WASM}")
-        return member.read()
+        return cast("IO[bytes]", archive.extractfile(f"/{WASM}")).read()
