@@ -112,6 +112,61 @@ def test_opas_errors_are_read(output: bytes, expected: tuple[str, int, int, str]
     assert (error.file, error.line, error.column, error.message) == expected
 
 
+# --- Rego: syntax trees as `opa parse` prints them; what it really prints is in tests/webhook/shell/test_opa.py ---
+
+
+def ref(*terms: Any) -> dict[str, Any]:
+    """Return a reference: the first term is a variable, other strings are constants, records are themselves."""
+    value = [{"type": "string", "value": term} if isinstance(term, str) else term for term in terms]
+    return {"type": "ref", "value": [{"type": "var", "value": terms[0]}, *value[1:]]}
+
+
+def module(*nodes: Any, package: tuple[str, ...] = ("mcp", "authz"), rule: str = "allow") -> dict[str, Any]:
+    """Return a module of one rule with *nodes* in its body."""
+    return {
+        "package": {"path": ref("data", *package)["value"]},
+        "rules": [{"head": {"ref": ref(rule)["value"]}, "body": list(nodes)}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("node", "paths"),
+    [
+        (ref("input", "user", "role"), {"/user/role"}),
+        (ref("input", "args", {"type": "var", "value": "k"}, "x"), {"/args"}),
+        (ref("input", "args", {"type": "number", "value": 0}), {"/args"}),
+        (ref("data", "users", ref("input", "user", "id")), {"/user/id"}),
+        ({"type": "var", "value": "input"}, {""}),
+        (ref("input"), {""}),
+        (ref("data", "input", "x"), set()),
+        ({"type": "string", "value": "input"}, set()),
+    ],
+)
+def test_every_mention_of_the_input_is_read(node: Any, paths: set[str]) -> None:
+    """Up to the first member that is not a constant string; `input` is only ever a variable."""
+    assert compiler.rego_reads([module({"terms": [node]})]) == paths
+
+
+def test_impure_functions_are_mentions_too() -> None:
+    """A call is a reference by the function's name."""
+    assert not compiler.is_pure([module({"type": "call", "value": [ref("time", "now_ns")]})])
+    assert compiler.is_pure([module(ref("input", "time", "now_ns"), ref("time", "clock"))])
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([module()], ("mcp/authz/allow",)),
+        ([module(), module(rule="reasons")], ("mcp/authz/allow", "mcp/authz/reasons")),
+        ([module(), module(rule="reasons", package=("other",))], ("mcp/authz/allow",)),
+        ([{"package": {"path": ref("data", "mcp", "authz")["value"]}}], ("mcp/authz/allow",)),
+    ],
+)
+def test_reasons_are_an_entrypoint_where_they_are_a_rule(modules: list[Any], expected: tuple[str, ...]) -> None:
+    """OPA refuses an entrypoint that is no rule."""
+    assert compiler.entrypoints(modules) == expected
+
+
 # --- Cedar ---
 
 
