@@ -112,7 +112,7 @@ class BundleSource:
                 data = await _read(response, limit)
                 status, etag = response.status, response.headers.get("ETag")
         except (aiohttp.ClientError, OSError, TimeoutError, CertsError) as error:
-            raise PullError(f"{self._url}: {error or type(error).__name__}") from error
+            raise PullError(f"{self._url}: {str(error) or type(error).__name__}") from error
         if status == 304:
             if not self._refused:
                 self._confirm()

@@ -1,8 +1,8 @@
 """Fetches and keeps the signing keys of the OpenID providers that a bundle names.
 
 Refuses discovery documents of another issuer, keys without id or of an algorithm that the profile does not allow, and
-plain HTTP unless the operator wrote it. The last good keys stay when a provider is away. OpenID Connect Discovery 1.0,
-section 4; RFC 7517.
+plain HTTP unless it stays on this host or the operator wrote the very `jwks_uri`: whoever can change the keys on their
+way can be anybody. The last good keys stay when a provider is away. OpenID Connect Discovery 1.0, section 4; RFC 7517.
 """
 
 import asyncio
@@ -10,7 +10,9 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import jwt
@@ -25,10 +27,12 @@ log = logging.getLogger(__name__)
 
 REFRESH_S: Final = 300.0  # providers publish a new key long before they sign with it
 RETRY_S: Final = (1.0, 60.0)  # first and longest wait after a failure
+KEEP_S: Final = 24 * 3600.0  # a provider away for longer no longer vouches: a key may have been withdrawn meanwhile
 COOLDOWN_S: Final = 10.0  # between looks for an unknown key: anyone can send one
 FETCH_S: Final = 5.0
 MAX_DOCUMENT_BYTES: Final = 256 * 1024  # Entra ID's key set has 20 KB
 MAX_KEYS: Final = 64
+MIN_RSA_BITS: Final = 2048  # RFC 7518, section 3.3
 DISCOVERY: Final = "/.well-known/openid-configuration"
 
 
@@ -46,15 +50,17 @@ class _KeySet(msgspec.Struct):
 
 
 class _Source:
-    """One provider and what is known of it. Mutated by Providers only."""
+    """One provider and what is known of it; times are monotonic seconds. Mutated by Providers only."""
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
+        self.described: list[dict[str, Any]] = []  # what `keys` was made of
         self.keys: dict[str, jwt.PyJWK] = {}
         self.error = "not asked yet"
         self.failures = 0
-        self.due_s = 0.0  # monotonic
+        self.due_s = 0.0
         self.asked_s = float("-inf")
+        self.answered_s = float("-inf")
         self.asking = asyncio.Lock()
 
 
@@ -78,6 +84,11 @@ class Providers:
         """Return, by provider name, why there are no keys yet."""
         return {source.provider.name: source.error for source in self._sources.values() if not source.keys}
 
+    @property
+    def keys_held(self) -> int:
+        """Return how many keys are held, of all providers together."""
+        return sum(len(source.keys) for source in self._sources.values())
+
     def use(self, providers: Sequence[Provider]) -> None:
         """Keep the keys of *providers* and no others; what is known of an unchanged one stays."""
         known = self._sources
@@ -96,7 +107,9 @@ class Providers:
             self._wake.clear()
             now_s = time.monotonic()
             due = [source for source in self._sources.values() if source.due_s <= now_s]
-            await asyncio.gather(*(self._refresh(source) for source in due))
+            async with asyncio.TaskGroup() as tasks:
+                for source in due:
+                    tasks.create_task(self._refresh(source))
             next_s = min((source.due_s for source in self._sources.values()), default=now_s + REFRESH_S)
             try:
                 async with asyncio.timeout(max(0.0, next_s - time.monotonic())):
@@ -112,43 +125,49 @@ class Providers:
         if source.asking.locked():
             async with source.asking:  # someone is looking already: their answer serves all
                 return
-        if time.monotonic() - source.asked_s >= COOLDOWN_S or not source.keys:
+        if time.monotonic() - source.asked_s >= COOLDOWN_S:
             await self._refresh(source)
 
     async def _refresh(self, source: _Source) -> None:
         async with source.asking:
             source.asked_s = time.monotonic()
             try:
-                keys = await self._fetch(source.provider)
+                described = await self._fetch(source.provider)
+                keys = usable(described, source.provider)
             except ProviderError as error:
-                source.error = str(error)
-                source.failures += 1
-                wait_s = min(RETRY_S[1], RETRY_S[0] * 2 ** min(source.failures - 1, 10))
-                source.due_s = time.monotonic() + random.uniform(wait_s / 2, wait_s)  # noqa: S311 - not a secret
-                log.warning("provider's keys not fetched", extra={"provider": source.provider.name, "error": str(error)})
+                described, keys = self._failed(source, error)
+            else:
+                source.failures, source.error, source.answered_s = 0, "", time.monotonic()
+                source.due_s = time.monotonic() + random.uniform(REFRESH_S * 0.8, REFRESH_S)  # noqa: S311 - not a secret
+            if described == source.described:  # not the ids alone: a key may be replaced under its id
                 return
-            source.failures, source.error = 0, ""
-            source.due_s = time.monotonic() + random.uniform(REFRESH_S * 0.8, REFRESH_S)  # noqa: S311 - not a secret
-            if keys.keys() == source.keys.keys():
-                return
-            source.keys = keys
+            source.described, source.keys = described, keys
         log.info("provider's keys changed", extra={"provider": source.provider.name, "keys": sorted(source.keys)})
         self._changed()
 
-    async def _fetch(self, provider: Provider) -> dict[str, jwt.PyJWK]:
+    def _failed(self, source: _Source, error: ProviderError) -> tuple[list[dict[str, Any]], dict[str, jwt.PyJWK]]:
+        """Note the failure; return what to go on with: the last good keys, as long as they are not too old."""
+        source.error = str(error)
+        source.failures += 1
+        wait_s = min(RETRY_S[1], RETRY_S[0] * 2 ** min(source.failures - 1, 10))
+        source.due_s = time.monotonic() + random.uniform(wait_s / 2, wait_s)  # noqa: S311 - not a secret
+        log.warning("provider's keys not fetched", extra={"provider": source.provider.name, "error": str(error)})
+        if time.monotonic() - source.answered_s > KEEP_S:
+            return [], {}
+        return source.described, source.keys
+
+    async def _fetch(self, provider: Provider) -> list[dict[str, Any]]:
         uri = provider.jwks_uri
         if uri is None:
-            discovered = await self._get(provider, provider.issuer.rstrip("/") + DISCOVERY, _Discovery)
+            discovery_url = provider.issuer.rstrip("/") + DISCOVERY
+            _require_protected(discovery_url)
+            discovered = await self._get(provider, discovery_url, _Discovery)
             if discovered.issuer != provider.issuer:
                 raise ProviderError(f"discovery names the issuer {discovered.issuer!r}, not {provider.issuer!r}")
-            uri = discovered.jwks_uri
-            if not uri.startswith("https://") and provider.issuer.startswith("https://"):
-                raise ProviderError(f"discovery leads from HTTPS to {uri!r}")
-        found = await self._get(provider, uri, _KeySet)
-        keys = [key for each in found.keys[:MAX_KEYS] if (key := _usable(each, provider)) is not None]
-        if not keys:
-            raise ProviderError(f"{uri} holds no key that may be used")
-        return {str(key.key_id): key for key in keys}
+            uri = str(discovered.jwks_uri)
+            _require_protected(uri)
+        found: _KeySet = await self._get(provider, uri, _KeySet)
+        return found.keys[:MAX_KEYS]
 
     async def _get(self, provider: Provider, url: str, kind: type[Any]) -> Any:
         try:
@@ -156,7 +175,7 @@ class Providers:
             context = web_client_context(anchors_pem=anchors)
             async with (
                 asyncio.timeout(FETCH_S),
-                self._session.get(url, ssl=context, allow_redirects=False) as response,
+                self._session.get(url, ssl=context, headers=_HEADERS, allow_redirects=False) as response,
             ):
                 if response.status != 200:
                     raise ProviderError(f"{url}: HTTP {response.status}")
@@ -164,7 +183,7 @@ class Providers:
                 while len(document) <= MAX_DOCUMENT_BYTES and not response.content.at_eof():
                     document += await response.content.read(MAX_DOCUMENT_BYTES + 1 - len(document))
         except (aiohttp.ClientError, OSError, TimeoutError, CertsError, ValueError) as error:
-            raise ProviderError(f"{url}: {error or type(error).__name__}") from error
+            raise ProviderError(f"{url}: {str(error) or type(error).__name__}") from error
         if len(document) > MAX_DOCUMENT_BYTES:
             raise ProviderError(f"{url}: more than {MAX_DOCUMENT_BYTES} bytes")
         try:
@@ -173,12 +192,56 @@ class Providers:
             raise ProviderError(f"{url}: {error}") from error
 
 
-def _usable(described: dict[str, Any], provider: Provider) -> jwt.PyJWK | None:
-    """Return the key, or None for one that cannot have signed an access token."""
-    if not described.get("kid") or described.get("use", "sig") != "sig":
-        return None
+# An encoded answer could grow without bound when it is decoded, and the session decodes none.
+_HEADERS: Final = {"accept": "application/json", "accept-encoding": "identity"}
+
+
+def _require_protected(url: str) -> None:
+    """Raise ProviderError for a URL whose answer others could change on its way."""
     try:
-        key = jwt.PyJWK(described)
-    except jwt.PyJWTError:  # of a kind that the library does not know
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if parts.scheme == "https" and host:
+            return
+        if parts.scheme == "http" and (host == "localhost" or ip_address(host).is_loopback):
+            return
+    except ValueError:  # no URL, or no address
+        pass
+    raise ProviderError(f"{url}: must be https, or http on a loopback address")
+
+
+_CURVES: Final = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}  # RFC 7518, section 3.4
+
+
+def usable(described: Sequence[dict[str, Any]], provider: Provider) -> dict[str, jwt.PyJWK]:
+    """Return those of a key set's keys that may have signed an access token, by id; raises ProviderError if none may."""
+    keys: dict[str, jwt.PyJWK] = {}
+    for each in described:
+        kid = each.get("kid")
+        key = _key(each, provider)
+        if isinstance(kid, str) and kid and key is not None:
+            keys.setdefault(kid, key)
+    if not keys:
+        raise ProviderError(f"no key with an id, for signatures, and with one of {', '.join(provider.algorithms)}")
+    return keys
+
+
+def _key(described: dict[str, Any], provider: Provider) -> jwt.PyJWK | None:
+    """Return the key, or None for one that cannot have signed an access token."""
+    operations = described.get("key_ops", ["verify"])
+    if described.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
         return None
-    return key if key.algorithm_name in provider.algorithms else None
+    if "d" in described:  # a private key that everybody can read proves nothing
+        return None
+    named = described.get("alg")
+    for algorithm in provider.algorithms if named is None else (named,):
+        if algorithm not in provider.algorithms:
+            return None
+        if described.get("crv") != _CURVES.get(algorithm, described.get("crv")):
+            continue  # the library would take a P-384 key for ES256
+        try:
+            key = jwt.PyJWK(described, algorithm)
+        except (jwt.PyJWTError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
+            continue  # of another kind than the algorithm's, or nonsense: the library checks little of it
+        return None if key.key_type == "RSA" and key.key.key_size < MIN_RSA_BITS else key
+    return None
