@@ -131,9 +131,17 @@ class App:
             found["bundle"] = "none yet" if self._bundles is None else self._bundles.detail
         elif self._bundles is not None and self._bundles.is_stale:
             found["bundle"] = f"stale: {self._bundles.detail}"
+        missing = self._providers.missing
+        if missing and not self._providers.keys_held and self._is_user_required:
+            found["providers"] = "; ".join(f"{name}: {why}" for name, why in missing.items())
         if self._audit.failed:
             found["audit"] = "the last record could not be written"
         return found
+
+    @property
+    def _is_user_required(self) -> bool:
+        snapshot = self._serving.snapshot
+        return snapshot is not None and snapshot.profile.identity.user == "required"
 
     def _why_not_ready(self) -> str | None:
         """Return why no call may be judged; None when one may."""
