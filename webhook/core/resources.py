@@ -79,7 +79,7 @@ class IdentitySpec(Record, frozen=True, kw_only=True):
 
     mtls: Literal["strict", "permissive"] | None = None
     user: Literal["required", "optional"] | None = None
-    callers: tuple[str, ...] = ()
+    callers: tuple[Annotated[str, msgspec.Meta(max_length=2048)], ...] = ()
     providers: tuple[ProviderReference, ...] = ()
 
 

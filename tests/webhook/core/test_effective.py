@@ -1,0 +1,194 @@
+"""What one workload gets."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from sidecar.core.profile import Audit, Identity, Telemetry
+from webhook.core import pod as pods
+from webhook.core import resources
+from webhook.core.annotations import Overrides
+from webhook.core.effective import Defaults, Effective, NamespaceResources, combine, resolve_port
+from webhook.core.resources import IdentityProviderSpec, LimitSpec, PolicySpec, ServerProfileSpec
+from webhook.errors import BadResource, Denial, DenyCode
+
+CORP = msgspec.convert({"issuer": "https://idp.test"}, type=IdentityProviderSpec)
+NARROW = msgspec.convert({"issuer": "https://idp.test", "audiences": ["a", "b"]}, type=IdentityProviderSpec)
+
+
+def a_pod(
+    labels: dict[str, str] | None = None, *, ports: Any = ({"containerPort": 8080},), **metadata: Any
+) -> pods.Pod:
+    """Return a pod of the workload ledger."""
+    metadata = {"name": "ledger", "labels": labels or {"app": "ledger"}} | metadata
+    return pods.read({"metadata": metadata, "spec": {"containers": [{"name": "app", "ports": list(ports)}]}})
+
+
+def a_profile(**spec: Any) -> ServerProfileSpec:
+    """Return a profile for every pod."""
+    return msgspec.convert({"selector": {}} | spec, type=ServerProfileSpec)
+
+
+def combined(
+    profile: ServerProfileSpec | None = None,
+    *,
+    pod: pods.Pod | None = None,
+    defaults: Defaults | None = None,
+    **others: Any,
+) -> Effective:
+    """Return what the pod gets from *profile*."""
+    given = NamespaceResources(
+        profiles={"p": profile} if profile else {},
+        policies=others.get("policies", {}),
+        limits=others.get("limits", {}),
+    )
+    return combine(pod or a_pod(), "payments", given, {"corp": CORP, "narrow": NARROW}, defaults or Defaults())
+
+
+def test_workload_that_nobody_described_lets_nobody_in() -> None:
+    """No profile, no policy: strict mTLS, no caller, no provider, no rule."""
+    got = combined()
+
+    assert got.profile.identity == Identity(mtls="strict", user="required", callers=(), providers=())
+    assert got.policies == {}
+    assert (got.profile.server.namespace, got.profile.server.workload, got.profile.server.name) == (
+        "payments",
+        "ledger",
+        "ledger",
+    )
+
+
+@pytest.mark.parametrize("field", ["mtls", "user"])
+@pytest.mark.parametrize("cluster", ["strict", "loose"])
+@pytest.mark.parametrize("wish", [None, "strict", "loose"])
+def test_namespace_can_only_tighten(field: str, cluster: str, wish: str | None) -> None:
+    """The stricter of the two holds, and a looser wish that is overruled is said so."""
+    words = {"mtls": {"strict": "strict", "loose": "permissive"}, "user": {"strict": "required", "loose": "optional"}}
+    word = words[field]
+    profile = a_profile(identity={} if wish is None else {field: word[wish]})
+    got = combined(profile, defaults=Defaults(**{field: word[cluster]}))
+    strict = "strict" in (cluster, wish)
+
+    assert getattr(got.profile.identity, field) == word["strict" if strict else "loose"]
+    assert bool(got.notes) == (cluster == "strict" and wish == "loose")
+
+
+def test_audit_holds_no_more_than_the_cluster_allows() -> None:
+    """Content can be left out and fields redacted by either, brought back by neither."""
+    defaults = Defaults(audit=Audit(arguments="hash", results="full", redact=("password",), max_bytes=100))
+    wish = a_profile(audit={"arguments": "full", "results": "hash", "redact": ["iban", "password"], "maxBytes": 1000})
+
+    assert combined(wish, defaults=defaults).profile.audit == Audit(
+        arguments="hash", results="hash", redact=("password", "iban"), max_bytes=100
+    )
+    assert combined(a_profile(audit={"maxBytes": 5}), defaults=defaults).profile.audit.max_bytes == 5
+    assert combined(a_profile(), defaults=defaults).profile.audit == defaults.audit
+
+
+def test_telemetry_goes_where_the_profile_says() -> None:
+    """The namespace may have a collector of its own; content is its own choice."""
+    defaults = Defaults(telemetry=Telemetry(otlp_endpoint="http://all:4318"))
+    own = a_profile(telemetry={"otlpEndpoint": "http://own:4318", "content": True})
+
+    assert combined(own, defaults=defaults).profile.telemetry == Telemetry(
+        otlp_endpoint="http://own:4318", content=True
+    )
+    assert combined(a_profile(), defaults=defaults).profile.telemetry == defaults.telemetry
+
+
+@pytest.mark.parametrize(
+    ("name", "wished", "audiences"),
+    [("corp", ["x"], ("x",)), ("narrow", [], ("a", "b")), ("narrow", ["b", "x"], ("b",))],
+)
+def test_audiences_are_those_that_both_allow(name: str, wished: list[str], audiences: tuple[str, ...]) -> None:
+    """A profile chooses from what the provider allows."""
+    got = combined(a_profile(identity={"providers": [{"name": name, "audiences": wished}]}))
+
+    assert got.profile.identity.providers[0].audiences == audiences
+
+
+@pytest.mark.parametrize(
+    ("name", "wished", "said"),
+    [
+        ("corp", [], "no audience is left"),
+        ("narrow", ["x"], "no audience is left"),
+        ("none", ["x"], "no such provider"),
+    ],
+)
+def test_provider_that_cannot_be_used_is_an_error(name: str, wished: list[str], said: str) -> None:
+    """A token for anybody, or of nobody known, is not accepted by accident."""
+    with pytest.raises(BadResource, match=said):
+        combined(a_profile(identity={"providers": [{"name": name, "audiences": wished}]}))
+
+
+def test_policies_and_limits_are_those_that_select_the_pod() -> None:
+    """Others of the namespace are left out; each kind in order of name."""
+    mine, other = {"matchLabels": {"app": "ledger"}}, {"matchLabels": {"app": "other"}}
+    policies = {
+        name: msgspec.convert({"selector": selector, "cedar": "permit(principal, action, resource);"}, type=PolicySpec)
+        for name, selector in (("b", mine), ("a", mine), ("c", other))
+    }
+    limits = {
+        name: msgspec.convert({"selector": selector, "ratePerSecond": 5, "burst": 10}, type=LimitSpec)
+        for name, selector in (("y", mine), ("x", other))
+    }
+    got = combined(policies=policies, limits=limits)
+
+    assert list(got.policies) == ["a", "b"]
+    assert [(each.name, each.rate_per_s, each.burst) for each in got.profile.limits] == [("y", 5.0, 10)]
+
+
+def test_two_profiles_for_one_pod_are_refused() -> None:
+    """Neither author could see which one is the stricter."""
+    given = NamespaceResources(profiles={"a": a_profile(), "b": a_profile()}, policies={}, limits={})
+    with pytest.raises(Denial, match="a, b all select this pod") as refused:
+        combine(a_pod(), "payments", given, {}, Defaults())
+
+    assert refused.value.code is DenyCode.PROFILE_AMBIGUOUS
+
+
+MCP, WEB, DNS = (
+    {"containerPort": 8080, "name": "mcp"},
+    {"containerPort": 80, "name": "web"},
+    {"containerPort": 53, "protocol": "UDP"},
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "profile", "ports", "port"),
+    [
+        (Overrides(port=1), a_profile(server={"port": 2}), [MCP], 1),
+        (Overrides(), a_profile(server={"port": 2}), [MCP], 2),
+        (Overrides(), a_profile(), [WEB, MCP], 8080),
+        (Overrides(), None, [WEB], 80),
+        (Overrides(), None, [DNS, WEB], 80),
+    ],
+)
+def test_port_is_found(asked: Overrides, profile: Any, ports: Any, port: int) -> None:
+    """Annotation before profile before the name mcp before the only TCP port."""
+    assert resolve_port(a_pod(ports=ports), asked, profile) == port
+
+
+@pytest.mark.parametrize(
+    "ports", [[], [DNS], [WEB, {"containerPort": 81}], [MCP, {"containerPort": 81, "name": "mcp"}]]
+)
+def test_port_is_not_guessed(ports: Any) -> None:
+    """With none or several the author is asked."""
+    with pytest.raises(Denial, match="which port speaks MCP") as refused:
+        resolve_port(a_pod(ports=ports), Overrides(), None)
+
+    assert refused.value.code is DenyCode.PORT_UNKNOWN
+
+
+def test_pod_may_narrow_the_paths() -> None:
+    """The annotation replaces the profile's paths."""
+    pod = a_pod(annotations={"sidegate.dev/path": "/rpc"})
+
+    assert combined(a_profile(server={"paths": ["/a"]}), pod=pod).profile.server.paths == ("/rpc",)
+    assert combined(a_profile(server={"paths": ["/a"]})).profile.server.paths == ("/a",)
+
+
+def test_kinds_have_their_own_specs() -> None:
+    """The list of kinds is complete."""
+    assert len({kind.spec for kind in resources.KINDS}) == 4

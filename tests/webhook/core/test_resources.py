@@ -1,0 +1,112 @@
+"""The custom resources, and that their definitions in the chart say the same."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from webhook.core import resources
+from webhook.core.resources import KINDS, Kind, Selector
+from webhook.errors import BadResource
+
+CRDS = Path(__file__).parents[3] / "charts" / "sidegate" / "crds"
+
+
+def a_resource(**spec: Any) -> Any:
+    """Return a resource with *spec*."""
+    return {"metadata": {"name": "x", "namespace": "n"}, "spec": spec}
+
+
+def definition(kind: Kind) -> Any:
+    """Return the CustomResourceDefinition of *kind*."""
+    return yaml.safe_load((CRDS / f"{kind.plural}.yaml").read_text())
+
+
+def shape(schema: Any, components: Any) -> Any:
+    """Return what a JSON schema allows, without descriptions and references."""
+    if "$ref" in schema:
+        schema = components[schema["$ref"].rpartition("/")[2]]
+    if "anyOf" in schema:  # a field that may be left out
+        (schema,) = [each for each in schema["anyOf"] if each.get("type") != "null"]
+        return shape(schema, components)
+    bounds = ("minimum", "maximum", "pattern", "maxLength", "minLength", "minItems", "type")
+    kept: dict[str, Any] = {key: schema[key] for key in bounds if key in schema}
+    if schema.get("exclusiveMinimum") is True:  # OpenAPI 3.0, as CRDs have it
+        kept["exclusiveMinimum"] = kept.pop("minimum")
+    elif "exclusiveMinimum" in schema:
+        kept["exclusiveMinimum"] = schema["exclusiveMinimum"]
+    if "enum" in schema:
+        kept["enum"] = sorted(schema["enum"])
+        kept["type"] = "string"
+    if "properties" in schema:
+        kept["properties"] = {key: shape(each, components) for key, each in schema["properties"].items()}
+        kept["required"] = sorted(schema.get("required", ()))
+    if "items" in schema:
+        kept["items"] = shape(schema["items"], components)
+    if isinstance(schema.get("additionalProperties"), dict):
+        kept["additionalProperties"] = shape(schema["additionalProperties"], components)
+    return kept
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_definition_allows_what_we_read(kind: Kind) -> None:
+    """Names, types, bounds and enums of the CRD are those of the code; neither can be changed alone."""
+    (ours,), components = msgspec.json.schema_components([kind.spec])
+    crd = definition(kind)["spec"]
+    (version,) = crd["versions"]
+
+    assert version["name"] == resources.VERSION
+    assert (crd["names"]["kind"], crd["names"]["plural"]) == (kind.name, kind.plural)
+    assert shape(version["schema"]["openAPIV3Schema"]["properties"]["spec"], {}) == shape(ours, components)
+
+
+@pytest.mark.parametrize(
+    ("selector", "labels", "matches"),
+    [
+        ({}, {}, True),
+        ({"matchLabels": {"a": "1"}}, {"a": "1", "b": "2"}, True),
+        ({"matchLabels": {"a": "1"}}, {"a": "2"}, False),
+        ({"matchLabels": {"a": "1"}}, {}, False),
+        ({"matchExpressions": [{"key": "a", "operator": "In", "values": ["1", "2"]}]}, {"a": "2"}, True),
+        ({"matchExpressions": [{"key": "a", "operator": "In", "values": ["1"]}]}, {}, False),
+        ({"matchExpressions": [{"key": "a", "operator": "NotIn", "values": ["1"]}]}, {}, True),
+        ({"matchExpressions": [{"key": "a", "operator": "NotIn", "values": ["1"]}]}, {"a": "1"}, False),
+        ({"matchExpressions": [{"key": "a", "operator": "Exists"}]}, {"a": ""}, True),
+        ({"matchExpressions": [{"key": "a", "operator": "DoesNotExist"}]}, {"a": ""}, False),
+        ({"matchLabels": {"a": "1"}, "matchExpressions": [{"key": "b", "operator": "Exists"}]}, {"a": "1"}, False),
+    ],
+)
+def test_selector_matches_as_kubernetes_does(selector: Any, labels: dict[str, str], *, matches: bool) -> None:
+    """All lines must hold; a missing label is in no set."""
+    assert msgspec.convert(selector, type=Selector).matches(labels) is matches
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "said"),
+    [
+        (resources.SERVER_PROFILE, {}, "selector"),
+        (resources.SERVER_PROFILE, {"selector": {}, "sever": {}}, "sever"),
+        (resources.SERVER_PROFILE, {"selector": {}, "server": {"port": 0}}, r"\$\.server\.port"),
+        (resources.SERVER_PROFILE, {"selector": {}, "server": {"paths": ["x"]}}, "paths"),
+        (resources.SERVER_PROFILE, {"selector": {}, "identity": {"callers": ["http://x"]}}, r"callers\[0\]"),
+        (resources.SERVER_PROFILE, {"selector": {}, "identity": {"mtls": "loose"}}, "mtls"),
+        (resources.POLICY, {"selector": {}}, "one of cedar and rego"),
+        (resources.LIMIT, {"selector": {}, "ratePerSecond": 0, "burst": 1}, "ratePerSecond"),
+        (resources.IDENTITY_PROVIDER, {"issuer": "ftp://x"}, "issuer"),
+        (resources.IDENTITY_PROVIDER, {"issuer": "https://x", "algorithms": ["HS256"]}, "algorithms"),
+    ],
+)
+def test_unusable_resource_is_refused_by_field(kind: Kind, spec: Any, said: str) -> None:
+    """The message names the resource and the field."""
+    with pytest.raises(BadResource, match=said) as refused:
+        resources.decode(kind, a_resource(**spec), kind.spec)
+
+    assert str(refused.value).startswith(f"{kind.name} n/x: spec")
+
+
+def test_resource_without_spec_is_refused() -> None:
+    """Nothing at all is not an empty spec."""
+    with pytest.raises(BadResource, match="IdentityProvider"):
+        resources.decode(resources.IDENTITY_PROVIDER, {}, resources.IdentityProviderSpec)
