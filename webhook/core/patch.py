@@ -141,7 +141,11 @@ def _diff(old: Any, new: Any, path: str, operations: list[JSON]) -> None:
                 _diff(old[key], new[key], _join(path, key), operations)
             else:
                 operations.append({"op": "add", "path": _join(path, key), "value": new[key]})
-    elif isinstance(old, list) and isinstance(new, list) and (places := _places(old, new)) is not None:
+    elif isinstance(old, list) and isinstance(new, list):
+        places = _places(old, new)
+        if places is None:
+            operations.append({"op": "replace", "path": path, "value": new})
+            return
         for index, value in enumerate(new):
             if index in places:
                 _diff(old[places[index]], value, f"{path}/{index}", operations)

@@ -61,8 +61,9 @@ def test_path_escapes_slash_and_tilde() -> None:
 
 
 def test_true_is_not_one() -> None:
-    """Python holds them equal; a typed API does not."""
+    """Python holds them equal, in lists too; a typed API does not."""
     assert patch.diff({"a": 1}, {"a": True}) == [{"op": "replace", "path": "/a", "value": True}]
+    assert patch.diff({"a": [[0]]}, {"a": [[False]]}) == [{"op": "replace", "path": "/a", "value": [[False]]}]
 
 
 def test_pod_without_anything_of_ours_is_its_own_restoration() -> None:

@@ -33,6 +33,8 @@ def shape(schema: Any, components: Any) -> Any:
         return shape(schema, components)
     bounds = ("minimum", "maximum", "pattern", "maxLength", "minLength", "minItems", "type")
     kept: dict[str, Any] = {key: schema[key] for key in bounds if key in schema}
+    if "pattern" in kept:  # $ is the very end in RE2, which the API server uses; Python needs \Z to say so
+        kept["pattern"] = kept["pattern"].replace(r"\Z", "$")
     if schema.get("exclusiveMinimum") is True:  # OpenAPI 3.0, as CRDs have it
         kept["exclusiveMinimum"] = kept.pop("minimum")
     elif "exclusiveMinimum" in schema:
