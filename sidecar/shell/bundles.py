@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -29,12 +30,19 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 30  # how long the control plane may hold a request while nothing changes
 ANSWER_S: Final = 15.0  # beyond that, for the answer itself
 RETRY_S: Final = (0.5, 30.0)  # first and longest wait after a failure
+NO_IDENTITY_S: Final = 0.5  # between looks for our own SVID, which costs nobody anything
+REFUSED_S: Final = 300.0  # after that a refused bundle is tried again: the compiler may have had no time
+HELD_S: Final = 1.0  # a server that says "not modified" sooner does not hold requests, and is asked every POLL_S
 LAST_GOOD: Final = "bundle.tar.gz"
 MAX_TEXT_BYTES: Final = 256  # of an error that the control plane answers with
 
 
 class PullError(Exception):
     """The control plane gave no bundle; the message says why."""
+
+
+class _NoIdentityError(PullError):
+    """There is no SVID yet to ask with."""
 
 
 class BundleSource:
@@ -64,7 +72,9 @@ class BundleSource:
         self._url = f"{settings.control_plane.rstrip('/')}/v1/bundles/{settings.pod}"
         self._path = Path(settings.bundle_dir) / LAST_GOOD if settings.bundle_dir else None
         self._etag: str | None = None
-        self._refused = ""  # why the bundle that the etag names was not put in force
+        self._digest: bytes | None = None  # of the last bundle that was judged
+        self._refused = ""  # why that one was not put in force
+        self._refused_at_s = 0.0  # monotonic
         self._confirmed_at_s: float | None = None  # Unix time: it must outlive the process
         self.detail = "not asked yet"
 
@@ -84,26 +94,37 @@ class BundleSource:
         await self._start_from_disk()
         failures = 0
         while True:
+            asked_s = time.monotonic()
             try:
-                await self._pull()
-            except (PullError, BundleError) as error:
+                changed = await self._pull()
+            except _NoIdentityError as error:
+                self.detail = str(error)
+                await asyncio.sleep(NO_IDENTITY_S)
+                continue
+            except PullError as error:
+                if self.detail != str(error):
+                    log.warning("no bundle from the control plane", extra={"error": str(error)})
                 self.detail = str(error)
                 failures += 1
-                log.warning("no bundle from the control plane", extra={"error": self.detail})
-            else:
-                failures = 0
-                self.detail = self._refused or "confirmed"
-            if failures or self._refused:
-                wait_s = min(RETRY_S[1], RETRY_S[0] * 2 ** min(failures, 10))
-                await asyncio.sleep(random.uniform(wait_s / 2, wait_s))  # noqa: S311 - not a secret
+                await _pause(min(RETRY_S[1], RETRY_S[0] * 2 ** min(failures, 10)))
+                continue
+            failures = 0
+            self.detail = self._refused or "confirmed"
+            if not changed and time.monotonic() - asked_s < HELD_S:
+                await _pause(POLL_S)
 
-    async def _pull(self) -> None:
-        """Ask once; put a new bundle in force. Raises PullError."""
-        headers = {"Prefer": f"modes=snapshot;wait={POLL_S}"}
+    async def _pull(self) -> bool:
+        """Ask once; return whether there was a new bundle, put in force or refused. Raises PullError."""
+        if self._refused and time.monotonic() - self._refused_at_s > REFUSED_S:
+            self._etag = self._digest = None
+        headers = {"Prefer": f"modes=snapshot;wait={POLL_S}", "Accept-Encoding": "identity"}
         if self._etag is not None:
             headers["If-None-Match"] = self._etag
         try:
             context = self._client.context(self._expected)
+        except CertsError as error:
+            raise _NoIdentityError(f"no SVID to ask with: {error}") from error
+        try:
             async with (
                 asyncio.timeout(POLL_S + ANSWER_S),
                 self._session.get(self._url, ssl=context, headers=headers, allow_redirects=False) as response,
@@ -113,22 +134,32 @@ class BundleSource:
                 status, etag = response.status, response.headers.get("ETag")
         except (aiohttp.ClientError, OSError, TimeoutError, CertsError) as error:
             raise PullError(f"{self._url}: {str(error) or type(error).__name__}") from error
-        if status == 304:
-            if not self._refused:
-                self._confirm()
-            return
-        if status != 200:
+        if status == 200:
+            self._etag = etag
+            return await self._take(data)
+        if status != 304:
             raise PullError(f"{self._url}: HTTP {status}: {data.decode(errors='replace').strip()}")
-        self._etag = etag
-        try:
-            await self._put_in_force(data)
-        except BundleError as error:
-            self._refused = f"bundle refused: {error}"
-            log.error("bundle refused", extra={"error": str(error), "etag": etag})  # noqa: TRY400 - not a defect of ours
-            return
-        self._refused = ""
-        self._keep(data)
-        self._confirm()
+        if not self._refused:
+            self._confirm()
+        return False
+
+    async def _take(self, data: bytes) -> bool:
+        """Put the bundle in *data* in force unless it was judged already; return whether it was not."""
+        digest = sha256(data).digest()
+        is_new = digest != self._digest  # not so after a start from disk, or from a server without ETags
+        if is_new:
+            self._digest = digest
+            try:
+                await self._put_in_force(data)
+            except BundleError as error:
+                self._refused, self._refused_at_s = f"bundle refused: {error}", time.monotonic()
+                log.error("bundle refused", extra={"error": str(error), "etag": self._etag})  # noqa: TRY400 - not ours
+                return True
+            self._refused = ""
+            self._keep(data)
+        if not self._refused:
+            self._confirm()
+        return is_new
 
     async def _put_in_force(self, data: bytes) -> None:
         bundle = decode(data, self._keys)
@@ -141,11 +172,13 @@ class BundleSource:
         if self._path is None or not self._path.exists():
             return
         try:
-            await self._put_in_force(self._path.read_bytes())
+            data = self._path.read_bytes()
+            await self._put_in_force(data)
             self._confirmed_at_s = self._path.stat().st_mtime
         except (OSError, BundleError) as error:
             log.warning("the kept bundle is of no use", extra={"error": str(error)})
             return
+        self._digest = sha256(data).digest()
         self.detail = "kept from an earlier run, not confirmed yet"
 
     def _confirm(self) -> None:
@@ -167,6 +200,11 @@ class BundleSource:
             half.replace(self._path)
         except OSError as error:
             log.warning("the bundle could not be kept", extra={"error": str(error)})
+
+
+async def _pause(longest_s: float) -> None:
+    """Wait at most *longest_s*; sidecars that started together must not ask together."""
+    await asyncio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311 - not a secret
 
 
 async def _read(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:

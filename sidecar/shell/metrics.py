@@ -24,8 +24,6 @@ OTHER: Final = "other"
 # Codes that JSON-RPC and MCP define; a server's own are counted together.
 KNOWN_CODES: Final = frozenset({-32700, -32600, -32601, -32602, -32603, -32000, -32001, -32002, -32042})
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-
 
 class Histogram:
     """How often a value fell into which bucket."""
