@@ -17,7 +17,7 @@ from certs.spiffe import SpiffePattern
 from certs.svid import X509Snapshot
 from certs.tls import ClientCertificate, MutualClient, MutualServer, ServingServer, web_client_context
 from certs.verify import Peer
-from tests.certs.pki import API, B_TEST, LIFETIME, NOW, a_leaf, an_authority, der, key_der
+from tests.certs.pki import API, B_TEST, CA_LIFETIME, LIFETIME, NOW, a_leaf, an_authority, der, key_der
 
 CLIENT_ID = "spiffe://a.test/ns/agents/sa/bot"
 ANY_OF_A = SpiffePattern.parse("spiffe://a.test/**")
@@ -222,9 +222,9 @@ def test_an_expired_svid_of_ours_is_not_shown() -> None:
 def test_a_context_kept_beyond_the_svids_life_connects_no_more() -> None:
     """A connection pool may hold a client context for long."""
     pair = Pair()
-    pair.client.follow(a_snapshot(CLIENT_ID, not_after=NOW + timedelta(minutes=1)))
+    pair.server.follow(a_snapshot(not_after=NOW + CA_LIFETIME))
     kept = pair.client.context(ANY_OF_A)
-    pair.clock.time = NOW + timedelta(minutes=2)
+    pair.clock.time = NOW + LIFETIME + timedelta(seconds=1)
 
     with pytest.raises(ssl.SSLError):
         connect(kept, pair.server.context)
@@ -234,10 +234,9 @@ def test_a_context_kept_beyond_the_svids_life_connects_no_more() -> None:
 def test_a_peer_that_expires_between_two_handshakes_is_refused_at_the_second() -> None:
     """Each handshake is judged by the clock of its own moment."""
     pair = Pair()
-    pair.client.follow(a_snapshot(CLIENT_ID, not_after=NOW + timedelta(minutes=1)))
     client = pair.client.context(ANY_OF_A)
-    server = MutualServer(now=lambda: NOW + timedelta(minutes=2), on_refused=pair.refusals)
-    server.follow(a_snapshot())
+    server = MutualServer(now=lambda: NOW + LIFETIME + timedelta(seconds=1), on_refused=pair.refusals)
+    server.follow(a_snapshot(not_after=NOW + CA_LIFETIME))
 
     connect(client, pair.server.context)
     with pytest.raises(ssl.SSLError):
