@@ -38,7 +38,11 @@ MAX_TEXT_BYTES: Final = 256  # of an error that the control plane answers with
 
 
 class PullError(Exception):
-    """The control plane gave no bundle; the message says why."""
+    """The control plane gave no bundle; the message says why, *retry_after_s* when it asks to be asked again."""
+
+    def __init__(self, why: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
 
 
 class _NoIdentityError(PullError):
@@ -106,7 +110,8 @@ class BundleSource:
                     log.warning("no bundle from the control plane", extra={"error": str(error)})
                 self.detail = str(error)
                 failures += 1
-                await _pause(min(RETRY_S[1], RETRY_S[0] * 2 ** min(failures, 10)))
+                wait_s = RETRY_S[0] * 2 ** min(failures, 10) if error.retry_after_s is None else error.retry_after_s
+                await _pause(min(RETRY_S[1], wait_s))
                 continue
             failures = 0
             self.detail = self._refused or "confirmed"
@@ -131,14 +136,18 @@ class BundleSource:
             ):
                 limit = Limits().packed_bytes if response.status == 200 else MAX_TEXT_BYTES
                 data = await _read(response, limit)
-                status, etag = response.status, response.headers.get("ETag")
+                status, answered = response.status, response.headers
         except (aiohttp.ClientError, OSError, TimeoutError, CertsError) as error:
             raise PullError(f"{self._url}: {str(error) or type(error).__name__}") from error
         if status == 200:
-            self._etag = etag
+            self._etag = answered.get("ETag")
             return await self._take(data)
         if status != 304:
-            raise PullError(f"{self._url}: HTTP {status}: {data.decode(errors='replace').strip()}")
+            wait = answered.get("Retry-After", "")
+            raise PullError(
+                f"{self._url}: HTTP {status}: {data.decode(errors='replace').strip()}",
+                retry_after_s=float(wait) if wait.isdecimal() else None,
+            )
         if not self._refused:
             self._confirm()
         return False

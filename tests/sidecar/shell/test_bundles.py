@@ -38,7 +38,8 @@ KEY = make_key()
 OTHER_KEY = make_key()
 
 
-def _an_svid(spiffe_id: SpiffeId) -> Svid:
+def an_svid(spiffe_id: SpiffeId) -> Svid:
+    """Return an SVID that both ends trust."""
     key = make_key()
     leaf = AUTHORITY.sign_svid(
         spiffe_id, key.public_key(), now=NOW, lifetime=timedelta(hours=1), serial=x509.random_serial_number()
@@ -56,7 +57,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> str:
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def _a_bundle(number: int = 1, *, workload: str = "billing", key: ec.EllipticCurvePrivateKey = KEY) -> bytes:
+def a_bundle(number: int = 1, *, workload: str = "billing", key: ec.EllipticCurvePrivateKey = KEY) -> bytes:
     """Return a signed bundle whose profile is told by `audit.max_bytes` = *number*."""
     server = Server(namespace="pay", workload=workload, name="billing", port=8000)
     return encode({"sidegate.json": profile.encode(Profile(server=server, audit=Audit(max_bytes=number)))}, key)
@@ -67,16 +68,17 @@ class FakeControlPlane:
 
     def __init__(self, *, spiffe_id: SpiffeId = CONTROL_PLANE) -> None:
         self.url = ""
-        self.data = _a_bundle()
+        self.data = a_bundle()
         self.etag: str | None = '"1"'
         self.status = 200
         self.text = "not today"
+        self.retry_after: str | None = None
         self.holds = True  # a request whose ETag is current waits, as Prefer asks
         self.changed = asyncio.Event()
         self.asked: list[web.BaseRequest] = []
         self.callers: list[SpiffeId] = []
         self.tls = MutualServer()
-        self.tls.use(_an_svid(spiffe_id), TRUST)
+        self.tls.use(an_svid(spiffe_id), TRUST)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer one GET."""
@@ -86,7 +88,10 @@ class FakeControlPlane:
         assert peer is not None
         self.callers.append(peer.spiffe_id)
         if self.status != 200:
-            return web.Response(status=self.status, text=self.text, headers={"location": "https://evil.test/"})
+            headers = {"location": "https://evil.test/"} | (
+                {"retry-after": self.retry_after} if self.retry_after else {}
+            )
+            return web.Response(status=self.status, text=self.text, headers=headers)
         if self.etag is not None and request.headers.get("If-None-Match") == self.etag:
             if self.holds:
                 await self.changed.wait()
@@ -156,7 +161,7 @@ async def _pulling(
     """Run a BundleSource against *plane*."""
     if client is None:
         client = MutualClient()
-        client.use(_an_svid(POD), TRUST)
+        client.use(an_svid(POD), TRUST)
     async with _serving(plane), aiohttp.ClientSession(auto_decompress=False) as session:
         settings = replace(SETTINGS, **{"control_plane": plane.url, **changes})  # type: ignore[arg-type]
         source = BundleSource(settings, session, client, sidecar.activate)
@@ -189,7 +194,7 @@ async def test_new_bundle_comes_as_soon_as_it_is_published() -> None:
     plane, sidecar = FakeControlPlane(), Sidecar()
     async with _pulling(plane, sidecar):
         await eventually(lambda: len(plane.asked) == 2, what="waiting request")
-        plane.publish(_a_bundle(2), '"2"')
+        plane.publish(a_bundle(2), '"2"')
 
         await eventually(lambda: sidecar.numbers == [1, 2], what="second bundle")
 
@@ -209,7 +214,7 @@ async def test_source_waits_for_our_own_svid() -> None:
     plane, sidecar, client = FakeControlPlane(), Sidecar(), MutualClient()
     async with _pulling(plane, sidecar, client=client) as source:
         await eventually(lambda: "no SVID" in source.detail, what="wait")
-        client.use(_an_svid(POD), TRUST)
+        client.use(an_svid(POD), TRUST)
 
         await eventually(lambda: sidecar.numbers == [1], what="bundle")
 
@@ -217,9 +222,9 @@ async def test_source_waits_for_our_own_svid() -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (_a_bundle(key=make_key()), "signature"),
-        (_a_bundle(workload="payroll"), "made for pay/payroll"),
-        (_a_bundle()[:-20], "bundle"),
+        (a_bundle(key=make_key()), "signature"),
+        (a_bundle(workload="payroll"), "made for pay/payroll"),
+        (a_bundle()[:-20], "bundle"),
         (b"", "bundle"),
     ],
 )
@@ -242,11 +247,11 @@ async def test_last_good_bundle_stays_when_the_next_does_not_load(tmp_path: Path
     sidecar.refuses = {2}
     async with _pulling(plane, sidecar, bundle_dir=str(tmp_path)) as source:
         await eventually(lambda: len(plane.asked) == 2, what="first bundle")
-        plane.publish(_a_bundle(2), '"2"')
+        plane.publish(a_bundle(2), '"2"')
         await eventually(lambda: "does not load" in source.detail, what="refusal")
-        assert (tmp_path / LAST_GOOD).read_bytes() == _a_bundle()
+        assert (tmp_path / LAST_GOOD).read_bytes() == a_bundle()
 
-        plane.publish(_a_bundle(3), '"3"')
+        plane.publish(a_bundle(3), '"3"')
         await eventually(lambda: source.detail == "confirmed", what="third bundle")
     assert sidecar.numbers == [1, 3]
 
@@ -323,9 +328,30 @@ async def test_server_that_does_not_hold_requests_is_not_pressed(monkeypatch: py
         assert sidecar.numbers == [1]
 
 
+@pytest.mark.parametrize(("retry_after", "expected"), [("2", 2.0), ("9999", 30.0), ("soon", 1.0), (None, 1.0)])
+async def test_control_plane_says_when_to_ask_again(
+    monkeypatch: pytest.MonkeyPatch, retry_after: str | None, expected: float
+) -> None:
+    """A pod that has just been made waits a second for its bundle, not the doubling time of failures; never too long."""
+    pauses: list[float] = []
+
+    async def _pause(longest_s: float) -> None:
+        pauses.append(longest_s)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(module, "_pause", _pause)
+    monkeypatch.setattr(module, "RETRY_S", (0.5, 30.0))
+    plane = FakeControlPlane()
+    plane.status, plane.retry_after = 503, retry_after
+    async with _pulling(plane, Sidecar()):
+        await eventually(lambda: pauses, what="pause")
+
+    assert pauses[0] == expected
+
+
 async def test_start_from_disk_while_the_control_plane_is_away(tmp_path: Path) -> None:
     """The kept bundle is verified like any other; its age is that of its last confirmation."""
-    (tmp_path / LAST_GOOD).write_bytes(_a_bundle(5))
+    (tmp_path / LAST_GOOD).write_bytes(a_bundle(5))
     os.utime(tmp_path / LAST_GOOD, (time.time() - 100, time.time() - 100))
     plane, sidecar = FakeControlPlane(), Sidecar()
     plane.status = 503
@@ -340,7 +366,7 @@ async def test_start_from_disk_while_the_control_plane_is_away(tmp_path: Path) -
 
 async def test_same_bundle_after_a_start_from_disk_is_only_confirmed(tmp_path: Path) -> None:
     """Loading it again would empty every cache for nothing."""
-    (tmp_path / LAST_GOOD).write_bytes(_a_bundle())
+    (tmp_path / LAST_GOOD).write_bytes(a_bundle())
     os.utime(tmp_path / LAST_GOOD, (1, 1))
     plane, sidecar = FakeControlPlane(), Sidecar()
     async with _pulling(plane, sidecar, bundle_dir=str(tmp_path), bundle_max_age_s=60.0) as source:
@@ -351,7 +377,7 @@ async def test_same_bundle_after_a_start_from_disk_is_only_confirmed(tmp_path: P
     assert (tmp_path / LAST_GOOD).stat().st_mtime > 1  # the confirmation outlives this process
 
 
-@pytest.mark.parametrize("kept", [b"", b"nonsense", _a_bundle(key=make_key()), _a_bundle(workload="payroll")])
+@pytest.mark.parametrize("kept", [b"", b"nonsense", a_bundle(key=make_key()), a_bundle(workload="payroll")])
 async def test_kept_bundle_that_does_not_hold_is_ignored(tmp_path: Path, kept: bytes) -> None:
     """Whoever can write to the volume cannot change the policy."""
     (tmp_path / LAST_GOOD).write_bytes(kept)
@@ -376,7 +402,7 @@ async def test_kept_bundle_is_never_half(tmp_path: Path) -> None:
         await eventually(lambda: source.detail == "confirmed", what="bundle")
 
     assert [path.name for path in tmp_path.iterdir()] == [LAST_GOOD]
-    assert (tmp_path / LAST_GOOD).read_bytes() == _a_bundle()
+    assert (tmp_path / LAST_GOOD).read_bytes() == a_bundle()
 
 
 async def test_bundle_grows_stale_only_where_a_limit_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
