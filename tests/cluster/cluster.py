@@ -189,12 +189,11 @@ class Cluster:
         return self.kubectl("apply", "--filename=-", input="\n---\n".join(texts))
 
     def make_namespace(self, name: str, **labels: str) -> None:
-        """A namespace in which pods can be created at once."""
+        """A new namespace in which pods can be created at once; waits for an old one of that name to be gone."""
+        self.kubectl("wait", "--for=delete", f"namespace/{name}", "--timeout=90s")
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
         # Pods are refused until the controller manager has made the service account.
-        self.wait_until(
-            f"{name} has its service account", lambda: bool(self.get("--namespace", name, "serviceaccount", "default"))
-        )
+        self.kubectl("--namespace", name, "wait", "--for=create", "serviceaccount/default", "--timeout=60s")
 
     def load_image(self, image: images.Image) -> None:
         """Make an image known to the node, under its reference; pods use it with pull policy IfNotPresent or Never."""
