@@ -32,6 +32,7 @@ class Metadata(View, frozen=True, kw_only=True):
     """The parts of ObjectMeta that decide."""
 
     name: str | None = None
+    generate_name: str | None = None
     namespace: str | None = None
     uid: str | None = None
     labels: dict[str, str] | None = None
@@ -163,10 +164,10 @@ def read(raw: Any) -> Pod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a pod belongs to; both empty when nothing says so."""
+    """What a pod belongs to; itself when nothing owns it."""
 
-    kind: str = ""
-    name: str = ""
+    kind: str
+    name: str
 
 
 def workload(pod: Pod) -> Workload:
@@ -174,7 +175,8 @@ def workload(pod: Pod) -> Workload:
     owners = pod.metadata.owner_references or ()
     owner = next((each for each in owners if each.controller), None)
     if owner is None:
-        return Workload(kind="Pod", name=pod.metadata.name or "") if pod.metadata.name else Workload()
+        # generateName first: it is there before the name is, and the answer must be the same then and later.
+        return Workload(kind="Pod", name=(pod.metadata.generate_name or "").rstrip("-") or pod.metadata.name or "")
     if owner.kind == "ReplicaSet":
         # Only what the label names: a Deployment may itself be called billing-api.
         suffix = "-" + pod.labels.get("pod-template-hash", "\0")

@@ -18,8 +18,11 @@ def a_pod(kind: str = "", name: str = "", **metadata: Any) -> pods.Pod:
 @pytest.mark.parametrize(
     ("pod", "workload"),
     [
-        (a_pod(), Workload()),
-        (a_pod(name="", generateName="x-"), Workload()),
+        (a_pod(generateName="x-"), Workload(kind="Pod", name="x")),
+        (
+            pods.read({"metadata": {"generateName": "x-", "name": "x-ab"}, "spec": {"containers": []}}),
+            Workload(kind="Pod", name="x"),
+        ),
         (pods.read({"metadata": {"name": "solo"}, "spec": {"containers": []}}), Workload(kind="Pod", name="solo")),
         (a_pod("ReplicaSet", "pay-abc", labels={"pod-template-hash": "abc"}), Workload(kind="Deployment", name="pay")),
         (a_pod("ReplicaSet", "billing-api"), Workload(kind="ReplicaSet", name="billing-api")),
