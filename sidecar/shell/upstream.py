@@ -103,7 +103,7 @@ class Line(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self._whole:
                 self._fail(f"unreadable response: {error.__context__ or error}")
                 return
