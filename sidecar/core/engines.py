@@ -30,4 +30,4 @@ def engines(bundle: Bundle, *, compiled: str | None = None) -> tuple[Engine, ...
 
         data = bundle.files.get(DATA, b"{}")
         made.append(RegoEngine(bundle.files[WASM], data=data, compiled=compiled, projection=projection))
-    return tuple(Remembering(engine, projection) for engine in made) if policies.pure else tuple(made)
+    return (Remembering(made, projection),) if made and policies.pure else tuple(made)

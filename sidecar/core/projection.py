@@ -5,12 +5,12 @@ time or call another impure built-in function. A path is a JSON pointer into `in
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
 
-from sidecar.core.authorise import Engine, Question, Verdict
+from sidecar.core.authorise import Engine, Question, Verdict, judge
 
 MAX_VERDICTS: Final = 2048
 MAX_KEY_BYTES: Final = 2048  # so 4 MiB at most; longer keys come from large arguments, which seldom repeat
@@ -74,28 +74,28 @@ WHOLE: Final = Projection(None)
 
 
 class Remembering:
-    """An Engine that asks another one only what it has not been asked before. Mutated by decide only.
+    """Engines that are asked together, and only what they have not been asked before. Mutated by decide only.
 
-    Sound because the engine is pure and sees nothing but the projected document, whose bytes are the key. It lives as
+    Sound because the engines are pure and see nothing but the projected document, whose bytes are the key. It lives as
     long as its bundle.
     """
 
-    def __init__(self, engine: Engine, projection: Projection) -> None:
-        self.name = engine.name
-        self._engine, self._projection = engine, projection
+    def __init__(self, engines: Sequence[Engine], projection: Projection) -> None:
+        self.name = "+".join(engine.name for engine in engines)
+        self._engines, self._projection = engines, projection
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
 
     def decide(self, question: Question) -> Verdict:
-        """Return the engine's verdict on *question*."""
+        """Return the engines' joint verdict on *question*."""
         try:
             key = orjson.dumps(self._projection.narrow(question.document()))
         except TypeError:  # not JSON as orjson has it, such as an integer beyond 64 bits
-            return self._engine.decide(question)
+            return judge(question, self._engines)
         verdict = self._verdicts.get(key)
         if verdict is not None:
             self._verdicts.move_to_end(key)
             return verdict
-        verdict = self._engine.decide(question)
+        verdict = judge(question, self._engines)
         if len(key) <= MAX_KEY_BYTES and not verdict.errors:  # an error may pass, such as memory that ran out
             if len(self._verdicts) >= MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
