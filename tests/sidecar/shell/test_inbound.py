@@ -54,7 +54,9 @@ def a_result(text: str = "ok") -> bytes:
         pytest.param(HEAD + b"Content-Length: 0x4\r\n\r\nabcd", id="length in hexadecimal"),
         pytest.param(HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", id="length overflow"),
         pytest.param(HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + IN_CHUNKS, id="two codings"),
-        pytest.param(HEAD + b"Transfer-Encoding: identity\r\n" + CHUNKED + b"\r\n" + IN_CHUNKS, id="identity and chunked"),
+        pytest.param(
+            HEAD + b"Transfer-Encoding: identity\r\n" + CHUNKED + b"\r\n" + IN_CHUNKS, id="identity and chunked"
+        ),
         pytest.param(HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + IN_CHUNKS, id="unknown coding"),
         pytest.param(HEAD + b"Transfer-Encoding : chunked\r\n\r\n" + IN_CHUNKS, id="space before the colon"),
         pytest.param(HEAD + b"X: a\r\n Transfer-Encoding: chunked\r\n\r\n" + IN_CHUNKS, id="folded line"),
@@ -150,7 +152,9 @@ async def test_a_client_that_goes_on_sending_sees_why_it_was_refused() -> None:
         pytest.param(post(CALL), id="plain"),
         pytest.param(HEAD + CHUNKED + b"\r\n" + IN_CHUNKS, id="chunks"),
         pytest.param(HEAD + CHUNKED + b"\r\n" + IN_CHUNKS[:-2] + b"Authorization: x\r\nHost: y\r\n\r\n", id="trailers"),
-        pytest.param(HEAD + CHUNKED + b"\r\n%x;name=value\r\n%b\r\n0\r\n\r\n" % (len(CALL), CALL), id="chunk extension"),
+        pytest.param(
+            HEAD + CHUNKED + b"\r\n%x;name=value\r\n%b\r\n0\r\n\r\n" % (len(CALL), CALL), id="chunk extension"
+        ),
         pytest.param(b"\r\n" + post(CALL), id="empty line before"),
         pytest.param(post(CALL, "X:   padded\t "), id="padded value"),
         pytest.param(post(CALL, path="/mcp?a=b&c"), id="query"),
@@ -186,7 +190,9 @@ def test_no_byte_of_a_request_can_make_a_line_of_the_upstreams(name: bytes, valu
         async with a_server(echo_script()) as (server, port), a_path(a_snapshot(allowing(), port=port)) as path:
             client = await path.dial()
             line = b"POST /mcp?" + target + b" HTTP/1.1\r\n"
-            fields = b"Host: x\r\nContent-Type: application/json\r\nConnection: close\r\n" + name + b": " + value + b"\r\n"
+            fields = (
+                b"Host: x\r\nContent-Type: application/json\r\nConnection: close\r\n" + name + b": " + value + b"\r\n"
+            )
             await client.say(line + fields + LENGTH + b"\r\n" + CALL)
             await client.rest()
             await client.close()
@@ -226,7 +232,10 @@ async def test_a_connection_is_kept() -> None:
 async def test_pipelined_requests_are_answered_in_order(*, is_split: bool) -> None:
     """Admitted and refused ones alike, each in its turn."""
     bodies = [a_call(tool, request_id=number) for number, tool in enumerate(("a", "no", "b", "no", "c"))]
-    async with a_server(echo_script()) as (server, port), a_path(a_snapshot(allowing("a", "b", "c"), port=port)) as path:
+    async with (
+        a_server(echo_script()) as (server, port),
+        a_path(a_snapshot(allowing("a", "b", "c"), port=port)) as path,
+    ):
         client = await path.dial()
         data = b"".join(post(body) for body in bodies)
         for piece in [data] if not is_split else [data[at : at + 7] for at in range(0, len(data), 7)]:
@@ -409,7 +418,10 @@ async def test_a_long_call_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_client_that_leaves_ends_its_call() -> None:
     """The server sees the disconnect, the record says so."""
-    async with a_server(lambda _, __: asyncio.sleep(0)) as (server, port), a_path(a_snapshot(allowing(), port=port)) as path:
+    async with (
+        a_server(lambda _, __: asyncio.sleep(0)) as (server, port),
+        a_path(a_snapshot(allowing(), port=port)) as path,
+    ):
         client = await path.dial()
         await client.say(post(CALL))
         await eventually(lambda: server.heard, what="the call")
