@@ -172,6 +172,7 @@ class App:
     async def _close_when_stopping(self, _request: web.Request, response: web.StreamResponse) -> None:
         if self._is_stopping:
             response.force_close()
+            response.headers["Connection"] = "close"  # force_close alone comes too late for the header
 
     async def _livez(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -1,0 +1,244 @@
+"""The bundle endpoint over real mutual TLS: who gets which bundle, and when."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from certs.embedded import EmbeddedDomain
+from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
+from certs.svid import X509Snapshot
+from certs.tls import ClientCertificate, MutualClient, MutualServer
+from webhook.shell.bundles import MEDIA_TYPE, BundleEndpoint, Bundles, Published
+from webhook.shell.metrics import Metrics
+
+OURS, OTHERS = (EmbeddedDomain(TrustDomain.parse(name)) for name in ("a.test", "b.test"))
+CONTROL_PLANE = SpiffeId.parse("spiffe://a.test/ns/sidegate-system/sa/sidegate")
+LEDGER = SpiffeId.parse("spiffe://a.test/ns/payments/sa/ledger")
+POD = ("payments", "ledger-0")
+FIRST, SECOND = Published(b"one", "r1"), Published(b"two", "r2")
+
+
+def snapshot(domain: EmbeddedDomain, spiffe_id: SpiffeId) -> X509Snapshot:
+    """Return an identity of *domain*, whose members trust both domains."""
+    issued = domain.issue(spiffe_id)
+    other = OTHERS if domain is OURS else OURS
+    return X509Snapshot.parse(
+        (issued.spiffe_id, issued.x509_svid, issued.x509_svid_key, issued.bundle),
+        {f"spiffe://{other.trust_domain}": other.bundle_der},
+        now=datetime.now(UTC),
+    )
+
+
+class Plane:
+    """A running endpoint."""
+
+    def __init__(self) -> None:
+        self.bundles = Bundles()
+        self.metrics = Metrics()
+        self.ahead = timedelta()
+        self.port = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Plane"]:
+        """Serve on a free port."""
+        endpoint = BundleEndpoint(self.bundles, OURS.trust_domain, self.metrics, lambda: datetime.now(UTC) + self.ahead)
+        server = MutualServer(client_certificate=ClientCertificate.OPTIONAL)
+        server.follow(snapshot(OURS, CONTROL_PLANE))
+        application = web.Application()
+        application.router.add_get("/v1/bundles/{pod}", endpoint.get)
+        runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server.context)
+        await site.start()
+        self.port = runner.addresses[0][1]
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def somebody_waits(self) -> None:
+        """Return when a caller waits for news of POD."""
+        entry = self.bundles.find(POD)
+        assert entry is not None
+        while not entry.changed._waiters:  # type: ignore[attr-defined] # noqa: ASYNC110 - events tell nobody
+            await asyncio.sleep(0.01)
+
+    async def ask(
+        self,
+        caller: SpiffeId = LEDGER,
+        *,
+        pod: str = "ledger-0",
+        headers: Mapping[str, str] | None = None,
+        domain: EmbeddedDomain = OURS,
+    ) -> tuple[int, str, bytes, Mapping[str, str]]:
+        """Return status, content type, body and headers of the answer to *caller*."""
+        client = MutualClient()
+        client.follow(snapshot(domain, caller))
+        context = client.context(SpiffePattern.exactly(CONTROL_PLANE))
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"https://127.0.0.1:{self.port}/v1/bundles/{pod}", ssl=context, headers=headers) as response,
+        ):
+            return response.status, response.content_type, await response.read(), response.headers
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[Plane]:
+    """Return an endpoint that knows one pod with a bundle."""
+    async with Plane().running() as running:
+        running.bundles.track(POD, "ledger")
+        running.bundles.publish(POD, FIRST)
+        yield running
+
+
+async def test_pod_gets_its_bundle(plane: Plane) -> None:
+    """The bytes, the revision as ETag, OPA's media type."""
+    status, media_type, body, headers = await plane.ask()
+
+    assert (status, media_type, body, headers["ETag"]) == (200, MEDIA_TYPE, b"one", '"r1"')
+
+
+async def test_known_revision_is_not_sent_again(plane: Plane) -> None:
+    """304 at once when the caller does not want to wait."""
+    status, _, body, headers = await plane.ask(headers={"If-None-Match": '"r1"'})
+
+    assert (status, body, headers["ETag"]) == (304, b"", '"r1"')
+
+
+@pytest.mark.parametrize(
+    ("caller", "status", "said"),
+    [
+        ("spiffe://a.test/ns/payments/sa/other", 403, "does not run as service account other"),
+        ("spiffe://a.test/ns/other/sa/ledger", 404, "no injected pod other/ledger-0"),
+        ("spiffe://a.test/ledger", 403, "not of the form"),
+    ],
+)
+async def test_other_workload_gets_nothing(plane: Plane, caller: str, status: int, said: str) -> None:
+    """Namespace and service account come from the SVID, never from the request."""
+    got, _, body, _ = await plane.ask(SpiffeId.parse(caller))
+
+    assert got == status
+    assert said in body.decode()
+    assert f'sidegate_bundle_requests_total{{status="{status}"}} 1.0' in plane.metrics.render().decode()
+
+
+async def test_federated_namesake_gets_nothing(plane: Plane) -> None:
+    """A trusted foreign domain may have the same namespace and account: it is still foreign."""
+    status, _, body, _ = await plane.ask(SpiffeId.parse("spiffe://b.test/ns/payments/sa/ledger"), domain=OTHERS)
+
+    assert status == 403
+    assert "only workloads of a.test" in body.decode()
+
+
+async def test_caller_without_svid_gets_nothing(plane: Plane) -> None:
+    """Even where the listener let it in."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    url = f"https://127.0.0.1:{plane.port}/v1/bundles/ledger-0"
+    async with aiohttp.ClientSession() as session, session.get(url, ssl=context) as response:
+        assert response.status == 403
+        assert await response.text() == "no SVID was shown"
+
+
+async def test_unknown_pod_is_not_found(plane: Plane) -> None:
+    """The pod may not have reached us yet: the caller is told which one, and to come again."""
+    status, _, body, headers = await plane.ask(pod="none")
+
+    assert (status, headers["Retry-After"]) == (404, "1")
+    assert b"payments/none" in body
+
+
+async def test_svid_that_ran_out_since_the_handshake_is_refused(plane: Plane) -> None:
+    """A connection may live longer than the identity it was opened with."""
+    plane.ahead = timedelta(hours=1)
+    status, _, body, headers = await plane.ask()
+
+    assert status == 403
+    assert b"expired" in body
+    assert headers["Connection"] == "close"
+
+
+async def test_pod_without_bundle_is_told_why(plane: Plane) -> None:
+    """503 with the compiler's words and when to come again."""
+    plane.bundles.track(("payments", "new"), "ledger")
+    plane.bundles.fail(("payments", "new"), "ledger.cedar:1:1: no policy")
+    status, _, body, headers = await plane.ask(pod="new")
+
+    assert (status, headers["Retry-After"]) == (503, "1")
+    assert b"ledger.cedar:1:1: no policy" in body
+
+
+async def test_failure_keeps_the_last_good_bundle(plane: Plane) -> None:
+    """A policy that does not compile changes nothing for who has one that did."""
+    plane.bundles.fail(POD, "broken")
+    status, _, body, _ = await plane.ask()
+
+    assert (status, body) == (200, b"one")
+
+
+async def test_new_bundle_ends_the_wait(plane: Plane) -> None:
+    """A caller that waits gets the next revision as soon as it is published."""
+    waiting = asyncio.ensure_future(  # noqa: TID251 - a test has no root TaskGroup
+        plane.ask(headers={"If-None-Match": '"r1"', "Prefer": "modes=snapshot;wait=60"})
+    )
+    async with asyncio.timeout(20):
+        await plane.somebody_waits()
+        plane.bundles.publish(POD, FIRST)  # the same again is no news
+        plane.bundles.publish(POD, SECOND)
+        status, _, body, headers = await waiting
+
+    assert (status, body, headers["ETag"]) == (200, b"two", '"r2"')
+
+
+async def test_wait_ends_when_the_pod_is_gone(plane: Plane) -> None:
+    """Nobody waits for a pod that is not there any more."""
+    waiting = asyncio.ensure_future(  # noqa: TID251 - a test has no root TaskGroup
+        plane.ask(headers={"If-None-Match": '"r1"', "Prefer": "wait=60"})
+    )
+    async with asyncio.timeout(20):
+        await plane.somebody_waits()
+        plane.bundles.forget(POD)
+        status, _, _, _ = await waiting
+
+    assert status == 404
+
+
+async def test_wait_without_news_ends_with_not_modified(plane: Plane) -> None:
+    """After the preferred time the caller hears that nothing has changed."""
+    status, _, _, _ = await plane.ask(headers={"If-None-Match": '"r1"', "Prefer": "wait=1"})
+
+    assert status == 304
+
+
+async def test_pod_of_another_account_is_another_pod() -> None:
+    """A pod deleted and made again under the same name does not inherit a bundle."""
+    bundles = Bundles()
+    bundles.track(POD, "ledger")
+    bundles.publish(POD, FIRST)
+    bundles.track(POD, "ledger")
+    entry = bundles.find(POD)
+    assert entry is not None
+    assert entry.published == FIRST
+
+    bundles.track(POD, "other")
+    entry = bundles.find(POD)
+    assert entry is not None
+    assert entry.published is None
+    assert len(bundles) == 1
+
+
+def test_nothing_is_published_for_unknown_pods() -> None:
+    """What is not tracked is not kept."""
+    bundles = Bundles()
+    bundles.publish(POD, FIRST)
+    bundles.fail(POD, "x")
+    bundles.forget(POD)
+
+    assert len(bundles) == 0
