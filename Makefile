@@ -52,6 +52,8 @@ lint: $(READY)
 	$(BIN)/mypy --no-error-summary
 	echo "lint: import contracts"
 	said=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$said"; exit 1; }
+	echo "lint: generated pages"
+	$(BIN)/python docs/generate.py --check
 	echo "lint: spelling"
 	$(BIN)/codespell
 	echo "lint: Dockerfile"
@@ -112,8 +114,8 @@ UNUSED = --no-emit-package grpcio --no-emit-package pem --no-emit-package pyasn1
 ENGINE ?= $(firstword $(shell command -v docker podman buildah))
 images:
 	test -n "$(ENGINE)" || { echo "make: error: no docker, podman or buildah on PATH; hint: apt install buildah" >&2; exit 1; }
-	$(ENGINE) build --target control-plane --tag sidegate:$(VERSION) .
-	$(ENGINE) build --target sidecar --tag sidegate-sidecar:$(VERSION) .
+	$(ENGINE) build --build-arg VERSION=$(VERSION) --target control-plane --tag sidegate:$(VERSION) .
+	$(ENGINE) build --build-arg VERSION=$(VERSION) --target sidecar --tag sidegate-sidecar:$(VERSION) .
 
 clean:
 	rm -rf build dist *.egg-info .venv* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

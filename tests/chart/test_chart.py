@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import yaml
 
+from sidecar import __version__
 from tests.chart.render import CHART, NAMESPACE, VALUES, golden, helm, manifests, rendered
 from webhook.config import PREFIX, Settings
 from webhook.core import annotations, container, injection
@@ -144,6 +145,13 @@ def test_ports_are_those_of_the_code() -> None:
 
     assert listening == {"admission": read.admission_port, "bundles": read.bundles_port, "metrics": read.metrics_port}
     assert {each["targetPort"] for each in one(MINIMAL, "Service")["spec"]["ports"]} <= set(listening)
+
+
+def test_the_chart_starts_the_images_of_its_version() -> None:
+    """Chart, images and packages carry one version."""
+    described = yaml.safe_load((CHART / "Chart.yaml").read_text())
+
+    assert {described["version"], described["appVersion"]} == {__version__}
 
 
 @by_values
