@@ -59,8 +59,15 @@ class Bundle:
     profile: profiles.Profile
 
     def cedar(self) -> dict[str, str]:
-        """Return the Cedar policies by file name."""
-        return {name: data.decode() for name, data in self.files.items() if CEDAR.fullmatch(name)}
+        """Return the Cedar policies by file name; raises BundleError for what is not UTF-8."""
+        return {name: _text(name, data) for name, data in self.files.items() if CEDAR.fullmatch(name)}
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{name}: not UTF-8: {error}") from error
 
 
 def public_keys(pem: str) -> tuple[ec.EllipticCurvePublicKey, ...]:

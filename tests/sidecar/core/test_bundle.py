@@ -87,6 +87,14 @@ def test_a_bundle_is_read_as_it_was_written() -> None:
     assert read.cedar() == {"cedar/a.cedar": "permit (principal, action, resource);"}
 
 
+def test_policies_are_texts() -> None:
+    """Signed or not, what is not UTF-8 is no policy."""
+    read = bundle.decode(bundle.encode({**FILES, "cedar/a.cedar": b"\xff"}, KEY), [PUBLIC])
+
+    with pytest.raises(BundleError, match=r"cedar/a\.cedar: not UTF-8"):
+        read.cedar()
+
+
 @given(st.permutations(list(FILES)))
 def test_the_bytes_do_not_depend_on_the_order_of_files(order: list[str]) -> None:
     """The same content makes the same bytes, signature included."""
