@@ -1,0 +1,260 @@
+"""What is compiled for which pod, and when."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from certs.authority import make_key
+from sidecar.core import profile
+from webhook.core import resources
+from webhook.core.compile import Policies
+from webhook.core.effective import Defaults
+from webhook.errors import BadPolicy, BadResource
+from webhook.shell.admission import NotReady
+from webhook.shell.bundles import Bundles, Entry
+from webhook.shell.controllers import Catalogue, Controller
+from webhook.shell.kube import Gone, Listed, Put
+from webhook.shell.metrics import Metrics
+
+KEY = make_key()
+PROFILES, POLICIES, LIMITS, PROVIDERS = resources.KINDS
+
+
+def a_resource(name: str, namespace: str = "payments", **spec: Any) -> Any:
+    """Return a resource that selects every pod of its namespace."""
+    return {"metadata": {"name": name, "namespace": namespace}, "spec": {"selector": {}} | spec}
+
+
+def a_provider(**spec: Any) -> Any:
+    """Return the provider corp."""
+    return {"metadata": {"name": "corp"}, "spec": {"issuer": "https://idp.test", "audiences": ["a"]} | spec}
+
+
+def a_pod(name: str = "ledger-0", namespace: str = "payments", **spec: Any) -> Any:
+    """Return an injected pod of the workload ledger."""
+    owner = {"kind": "StatefulSet", "name": "ledger", "controller": True}
+    container = {"name": "app", "ports": [{"containerPort": 8080}]}
+    return {
+        "metadata": {"name": name, "namespace": namespace, "ownerReferences": [owner]},
+        "spec": {"serviceAccountName": "ledger", "containers": [container]} | spec,
+        "status": {"phase": "Pending"},
+    }
+
+
+class FakeCompile:
+    """Remembers what it was asked to compile; *error* is raised instead."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Policies, profile.Profile]] = []
+        self.error: Exception | None = None
+
+    async def __call__(self, policies: Policies, for_: profile.Profile) -> Mapping[str, bytes]:
+        """Return files that say what they were made of."""
+        self.asked.append((policies, for_))
+        if self.error:
+            raise self.error
+        return {"sidegate.json": profile.encode(for_), **{f"cedar/{k}": v.encode() for k, v in policies.cedar.items()}}
+
+
+class Cluster:
+    """A controller, and what it makes."""
+
+    def __init__(self) -> None:
+        self.compile = FakeCompile()
+        self.bundles = Bundles()
+        self.metrics = Metrics()
+        self.controller = Controller(self.bundles, self.compile, KEY, Defaults(), self.metrics)
+
+    def listed(self, *pods: Any, profiles: Any = (), policies: Any = (), limits: Any = (), providers: Any = ()) -> None:
+        """Let everything be listed once."""
+        for kind, items in ((PROFILES, profiles), (POLICIES, policies), (LIMITS, limits), (PROVIDERS, providers)):
+            self.controller.apply(kind, Listed(list(items)))
+        self.controller.apply_pods(Listed(list(pods)))
+
+    async def compiled(self) -> int:
+        """Compile what is due; returns how many bundles were compiled."""
+        before = len(self.compile.asked)
+        await self.controller.compile_dirty()
+        return len(self.compile.asked) - before
+
+    def entry(self, name: str = "ledger-0", namespace: str = "payments") -> Entry:
+        """Return what a pod may have."""
+        entry = self.bundles.find((namespace, name))
+        assert entry is not None
+        return entry
+
+    def gauge(self, name: str) -> float | None:
+        """Return what a metric says."""
+        return self.metrics.registry.get_sample_value(name)
+
+
+def test_nothing_is_known_before_everything_was_listed() -> None:
+    """Admission must not decide, nor a bundle be made, on half of the resources."""
+    cluster = Cluster()
+    for kind in (PROFILES, POLICIES, LIMITS):
+        cluster.controller.apply(kind, Listed([]))
+    cluster.controller.apply_pods(Listed([]))
+
+    assert not cluster.controller.is_synced
+    with pytest.raises(NotReady, match="not listed yet"):
+        cluster.controller.profiles("payments")
+
+    cluster.controller.apply(PROVIDERS, Listed([]))
+    assert cluster.controller.is_synced
+    assert cluster.controller.profiles("payments") == {}
+
+
+async def test_replicas_of_a_workload_share_one_compilation() -> None:
+    """A Deployment of a thousand pods is compiled once."""
+    cluster = Cluster()
+    cluster.listed(a_pod("ledger-0"), a_pod("ledger-1"), policies=[a_resource("p", cedar="x")])
+
+    assert await cluster.compiled() == 1
+    assert cluster.entry("ledger-0").published is cluster.entry("ledger-1").published is not None
+
+
+async def test_status_of_a_pod_is_no_reason_to_compile() -> None:
+    """Pods change all the time; what decides seldom does."""
+    cluster = Cluster()
+    cluster.listed(a_pod())
+    await cluster.compiled()
+    cluster.controller.apply_pods(Put(a_pod() | {"status": {"phase": "Running"}}))
+
+    assert await cluster.compiled() == 0
+
+
+async def test_policy_touches_its_own_namespace_only() -> None:
+    """A change is compiled for the pods that it can concern."""
+    cluster = Cluster()
+    cluster.listed(a_pod(), a_pod(namespace="other"))
+    assert await cluster.compiled() == 2
+    cluster.controller.apply(POLICIES, Put(a_resource("p", cedar="x")))
+
+    assert await cluster.compiled() == 1
+    assert cluster.compile.asked[-1][0].cedar == {"p.cedar": "x"}
+    cluster.controller.apply(POLICIES, Gone(a_resource("p", cedar="x")))
+    assert await cluster.compiled() == 0  # the bundle without it is remembered
+    published = cluster.entry().published
+    assert published is not None
+    assert b"p.cedar" not in published.data
+
+
+async def test_provider_touches_every_namespace() -> None:
+    """It is of the cluster, so all may use it."""
+    cluster = Cluster()
+    profiles = [a_resource("p", ns, identity={"providers": [{"name": "corp"}]}) for ns in ("payments", "other")]
+    cluster.listed(a_pod(), a_pod(namespace="other"), profiles=profiles, providers=[a_provider()])
+    await cluster.compiled()
+    cluster.controller.apply(PROVIDERS, Put(a_provider(audiences=["b"])))
+
+    assert await cluster.compiled() == 2
+    assert cluster.compile.asked[-1][1].identity.providers[0].audiences == ("b",)
+
+
+async def test_pods_of_one_workload_may_be_described_apart() -> None:
+    """A selector may pick some pods of a namespace and not the others."""
+    cluster = Cluster()
+    blue, green = a_pod("a"), a_pod("b")
+    blue["metadata"]["labels"] = {"colour": "blue"}
+    rule = a_resource("p", cedar="x", selector={"matchLabels": {"colour": "blue"}})
+    cluster.listed(blue, green, policies=[rule])
+    await cluster.compiled()
+
+    assert cluster.entry("a").published != cluster.entry("b").published
+
+
+async def test_failure_keeps_the_last_good_bundle_and_is_said() -> None:
+    """Logged, counted, told to whoever has none; and tried once for all pods of the workload."""
+    cluster = Cluster()
+    cluster.listed(a_pod("a"))
+    await cluster.compiled()
+    good = cluster.entry("a").published
+    cluster.compile.error = BadPolicy("p.cedar", "unexpected end", line=1, column=9)
+    cluster.controller.apply_pods(Put(a_pod("b")))
+    cluster.controller.apply(POLICIES, Put(a_resource("p", cedar="permit(")))
+
+    assert await cluster.compiled() == 1
+    assert cluster.entry("a").published is good
+    assert cluster.entry("b").published is None
+    assert "p.cedar:1:9: unexpected end" in cluster.entry("b").problem
+    assert cluster.gauge("sidegate_bundle_failing_pods") == 2
+
+    cluster.compile.error = None
+    cluster.controller.apply(POLICIES, Put(a_resource("p", cedar="permit(principal, action, resource);")))
+    assert await cluster.compiled() == 1
+    assert cluster.entry("b").published is not None
+    assert cluster.gauge("sidegate_bundle_failing_pods") == 0
+
+
+async def test_missing_compiler_is_a_failure_like_any_other() -> None:
+    """An OSError of the compiler's process does not end ours."""
+    cluster = Cluster()
+    cluster.compile.error = FileNotFoundError("/opa")
+    cluster.listed(a_pod())
+    await cluster.compiled()
+
+    assert "/opa" in cluster.entry().problem
+
+
+async def test_resource_that_cannot_be_read_stops_its_namespace() -> None:
+    """To leave it out could drop a restriction; other namespaces go on, admission there too."""
+    cluster = Cluster()
+    broken = a_resource("p", server={"prot": 1})
+    cluster.listed(a_pod(), a_pod(namespace="other"), profiles=[broken])
+    await cluster.compiled()
+
+    assert "MCPServerProfile payments/p: spec" in cluster.entry().problem
+    assert cluster.entry(namespace="other").published is not None
+    assert cluster.gauge("sidegate_broken_resources") == 1
+    with pytest.raises(BadResource, match="prot"):
+        cluster.controller.profiles("payments")
+    assert cluster.controller.profiles("other") == {}
+
+    cluster.controller.apply(PROFILES, Put(a_resource("p")))
+    await cluster.compiled()
+    assert cluster.entry().published is not None
+    assert cluster.gauge("sidegate_broken_resources") == 0
+
+
+async def test_pod_that_cannot_be_read_has_no_bundle() -> None:
+    """Its record of probes is forged: nothing is concluded from it."""
+    cluster = Cluster()
+    forged = {"name": "sidegate", "env": [{"name": "SIDEGATE_PROBES", "value": "no JSON"}]}
+    cluster.listed(a_pod(initContainers=[forged]))
+    await cluster.compiled()
+
+    assert cluster.entry().published is None
+    assert "Pod payments/ledger-0" in cluster.entry().problem
+
+
+async def test_deleted_pod_is_forgotten() -> None:
+    """By its event, or by a list that it is missing from."""
+    cluster = Cluster()
+    cluster.listed(a_pod("a"), a_pod("b"), a_pod("c"))
+    cluster.controller.apply_pods(Gone(a_pod("a")))
+    assert cluster.bundles.find(("payments", "a")) is None
+    cluster.controller.apply_pods(Listed([a_pod("c")]))
+
+    assert cluster.bundles.find(("payments", "b")) is None
+    assert cluster.gauge("sidegate_bundle_pods") == 1
+    assert await cluster.compiled() == 1
+
+
+async def test_memory_of_compilations_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least recently used bundle is compiled again when it is needed again."""
+    monkeypatch.setattr("webhook.shell.controllers.MAX_COMPILED", 1)
+    cluster = Cluster()
+    cluster.listed(a_pod(), a_pod(namespace="other"))
+
+    assert await cluster.compiled() == 2
+    assert len(cluster.controller._compiled) == 1
+
+
+def test_list_that_says_nothing_new_touches_nothing() -> None:
+    """A watch that had to start over is no reason to compile."""
+    catalogue = Catalogue()
+    catalogue.apply(POLICIES, Listed([a_resource("p", cedar="x")]))
+
+    assert catalogue.apply(POLICIES, Listed([a_resource("p", cedar="x")])) == frozenset()
+    assert catalogue.apply(POLICIES, Listed([])) == {"payments"}

@@ -1,0 +1,69 @@
+"""The control plane's settings."""
+
+from dataclasses import fields
+
+import pytest
+
+from webhook.config import Settings
+from webhook.errors import BadSetting
+
+ID = {"SIDEGATE_CONTROL_PLANE_ID": "spiffe://a.test/ns/sidegate-system/sa/sidegate"}
+
+
+def test_one_variable_is_enough() -> None:
+    """Everything else has a default, and each says what it is for."""
+    settings = Settings.from_env(ID | {"PATH": "/bin"})
+
+    assert settings == Settings(control_plane_id=ID["SIDEGATE_CONTROL_PLANE_ID"])
+    assert all(each.metadata["meaning"].endswith(".") for each in fields(Settings))
+
+
+def test_values_are_read() -> None:
+    """Numbers, lists and quantities become what the code works with."""
+    settings = Settings.from_env(
+        ID
+        | {
+            "SIDEGATE_LINGER_S": "2.5",
+            "SIDEGATE_METRICS_PORT": "0",
+            "SIDEGATE_IMAGE_PULL_SECRETS": "a, b,",
+            "SIDEGATE_SIDECAR_CPU": "0.5",
+            "SIDEGATE_SIDECAR_MEMORY": "1Gi",
+            "SIDEGATE_CAPTURE": "remap",
+        }
+    )
+
+    assert (settings.linger_s, settings.metrics_port, settings.image_pull_secrets) == (2.5, 0, ("a", "b"))
+    assert (settings.sidecar_cpu, settings.sidecar_memory, settings.capture) == (500, 2**30, "remap")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("LINGER_S", "soon", "a number from 0 to 300"),
+        ("LINGER_S", "301", "a number from 0 to 300"),
+        ("LINGER_S", "nan", "a number from 0 to 300"),
+        ("METRICS_PORT", "65536", "a port from 0 to 65535"),
+        ("METRICS_PORT", "-1", "a port from 0 to 65535"),
+        ("CAPTURE", "listen", "one of redirect, remap"),
+        ("MTLS", "off", "one of strict, permissive"),
+        ("IMAGE", " ", "must not be empty"),
+        ("SIDECAR_CPU", "0", "cores above zero"),
+        ("CONTROL_PLANE_ID", "https://a", "a SPIFFE ID such as"),
+        ("IMAGES", "x", "no such setting; known are SIDEGATE_ADMISSION_PORT"),
+    ],
+)
+def test_unusable_setting_is_named_with_what_is_allowed(name: str, value: str, said: str) -> None:
+    """Name, value and expectation stand in one line."""
+    with pytest.raises(BadSetting, match=said) as refused:
+        Settings.from_env(ID | {f"SIDEGATE_{name}": value})
+
+    assert f"SIDEGATE_{name}" in str(refused.value)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    """Nobody wants to fix them one restart at a time."""
+    with pytest.raises(BadSetting) as refused:
+        Settings.from_env({"SIDEGATE_MTLS": "off", "SIDEGATE_USER": "off"})
+
+    assert len(str(refused.value).splitlines()) == 3
+    assert "SIDEGATE_CONTROL_PLANE_ID: missing" in str(refused.value)
