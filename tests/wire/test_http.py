@@ -62,7 +62,9 @@ async def running(server: MCPServer, *, json_response: bool) -> AsyncIterator[in
 
 
 @asynccontextmanager
-async def governed(engine: FakeEngine, *, json_response: bool = False, limits: tuple[Limit, ...] = ()) -> AsyncIterator[Path]:
+async def governed(
+    engine: FakeEngine, *, json_response: bool = False, limits: tuple[Limit, ...] = ()
+) -> AsyncIterator[Path]:
     """The server with the sidecar in front."""
     async with (
         asyncio.timeout(PATIENCE_S),
@@ -107,9 +109,8 @@ async def test_progress_arrives_while_the_call_runs(mode: str) -> None:
     async def on_progress(_progress: float, _total: float | None, message: str | None) -> None:
         seen.append(message)
 
-    async with governed(allowing()) as path:
-        async with Client(f"http://127.0.0.1:{path.port}/mcp", mode=mode) as client:  # type: ignore[arg-type]
-            result = await client.call_tool("count", {"to": 3}, progress_callback=on_progress)
+    async with governed(allowing()) as path, Client(f"http://127.0.0.1:{path.port}/mcp", mode=mode) as client:  # type: ignore[arg-type]
+        result = await client.call_tool("count", {"to": 3}, progress_callback=on_progress)
 
     assert seen == ["step 0", "step 1", "step 2"]
     assert result.structured_content == {"result": "done"}
@@ -119,12 +120,14 @@ async def test_progress_arrives_while_the_call_runs(mode: str) -> None:
 async def test_a_throttled_client_survives(mode: str) -> None:
     """It is told so, by an error of its call, and not by a broken connection."""
     limit = Limit(name="adds", rate_per_s=0.001, burst=1)
-    async with governed(allowing(), limits=(limit,)) as path:
-        async with Client(f"http://127.0.0.1:{path.port}/mcp", mode=mode) as client:  # type: ignore[arg-type]
+    async with (
+        governed(allowing(), limits=(limit,)) as path,
+        Client(f"http://127.0.0.1:{path.port}/mcp", mode=mode) as client,  # type: ignore[arg-type]
+    ):
+        await client.call_tool("add", {"a": 1, "b": 2})
+        with pytest.raises(MCPError) as throttled:
             await client.call_tool("add", {"a": 1, "b": 2})
-            with pytest.raises(MCPError) as throttled:
-                await client.call_tool("add", {"a": 1, "b": 2})
-            assert len((await client.list_tools()).tools) == 3
+        assert len((await client.list_tools()).tools) == 3
 
     assert throttled.value.code == 429
 

@@ -94,10 +94,12 @@ async def test_a_stranger_does_not_get_in() -> None:
         a_server(echo_script()) as (server, port),
         a_path(a_snapshot(allowing(), port=port), tls=server_tls, max_connections=1) as path,
     ):
-        with pytest.raises((ssl.SSLError, ConnectionError)):
+        answer = b""
+        with suppress(ssl.SSLError, ConnectionError):  # TLS 1.3: the client's side of the handshake may end well
             client = await dial(path.port, stranger)
             await client.say(post(CALL))
-            raise ConnectionResetError if await client.rest() == b"" else AssertionError
+            answer = await client.rest()
+        assert answer == b""
         plain = await dial(path.port, None)
         await plain.say(post(CALL))
         assert await plain.hear() is not None
