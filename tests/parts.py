@@ -333,7 +333,7 @@ PARTS: Mapping[str, Part] = {
     "nginx": Part(recipe=DebianTree(packages=("nginx",), programs=(("nginx", "usr/sbin/nginx"),)), path="bin/nginx"),
     "wrk": Part(recipe=DebianTree(packages=("wrk",), programs=(("wrk", "usr/bin/wrk"),)), path="bin/wrk"),
     # Root trees of images: the machine reaches no image registry.
-    "busybox-root": Part(recipe=DebianTree(packages=("busybox-static", "iptables", "nftables"))),
+    "busybox-root": Part(recipe=DebianTree(packages=("base-files", "busybox-static", "iptables", "nftables"))),
     "python-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "python3", "python3-venv", "nftables", "iptables"))),
     "node-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "libstdc++6", "libatomic1"))),
     # MCP servers as their users run them.

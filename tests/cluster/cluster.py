@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MANIFESTS = Path(__file__).parent / "manifests"
 _REPOSITORY = Path(__file__).parents[2]
 _HOST_TOOLS = ("unshare", "nsenter", "setpriv", "mount", "ip", "hostname", "apt-get", "dpkg-deb")
-_START_S = 180  # 10 s when idle; the rest is for a machine that is busy compiling
+_START_S = 300  # 10 s when idle; the rest is for a machine that is busy compiling
 
 
 class ClusterError(Exception):
@@ -69,7 +69,7 @@ class Cluster:
         try:
             self._start()
             self.apply((MANIFESTS / "dns.yaml").read_text())
-            self.kubectl("-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=90s")
+            self.kubectl("-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=180s")
         except BaseException:
             self._stop()
             raise
@@ -161,7 +161,7 @@ class Cluster:
         enter = ["nsenter", "--target", str(self._init_pid), "--mount", "--pid", "--net", "--uts", f"--wd={Path.cwd()}"]
         return [*enter, "env", *environment, *map(str, arguments)]
 
-    def exec(self, *arguments: str | Path, input: str | None = None, timeout_s: float = 120) -> str:  # noqa: A002 - subprocess' word
+    def exec(self, *arguments: str | Path, input: str | None = None, timeout_s: float = 200) -> str:  # noqa: A002 - subprocess' word
         """Standard output of a program run inside the node. Raises CommandError."""
         done = subprocess.run(
             self.command(*arguments), input=input, capture_output=True, text=True, timeout=timeout_s, check=False
@@ -171,7 +171,7 @@ class Cluster:
             raise CommandError(f"{' '.join(map(str, arguments))}: exit {done.returncode}: {said}")
         return done.stdout
 
-    def kubectl(self, *arguments: str | Path, input: str | None = None, timeout_s: float = 120) -> str:  # noqa: A002
+    def kubectl(self, *arguments: str | Path, input: str | None = None, timeout_s: float = 200) -> str:  # noqa: A002
         """Standard output of kubectl, run as cluster administrator. Raises CommandError."""
         return self.exec("kubectl", *arguments, input=input, timeout_s=timeout_s)
 
@@ -190,7 +190,7 @@ class Cluster:
 
     def make_namespace(self, name: str, **labels: str) -> None:
         """A new namespace in which pods can be created at once; waits for an old one of that name to be gone."""
-        self.kubectl("wait", "--for=delete", f"namespace/{name}", "--timeout=90s")
+        self.kubectl("wait", "--for=delete", f"namespace/{name}", "--timeout=180s")
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
         # Pods are refused until the controller manager has made the service account.
         self.kubectl("--namespace", name, "wait", "--for=create", "serviceaccount/default", "--timeout=60s")

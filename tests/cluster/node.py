@@ -157,7 +157,7 @@ class Node:
         self.daemons[process.pid] = (name, process)
         self._log(f"{name} started")
 
-    def _until(self, claim: str, check: Callable[[], bool], *, timeout_s: float = 90) -> None:
+    def _until(self, claim: str, check: Callable[[], bool], *, timeout_s: float = 180) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not check():
             for name, process in self.daemons.values():

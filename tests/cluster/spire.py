@@ -41,14 +41,14 @@ class Spire:
         names = ("clusterspiffeids", "clusterstaticentries", "clusterfederatedtrustdomains")
         self.cluster.apply(*((crds / f"spire.spiffe.io_{name}.yaml").read_text() for name in names))
         self.cluster.apply(self._manifest("spire-server"))
-        self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "deployment/spire-server", "--timeout=90s")
+        self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "deployment/spire-server", "--timeout=180s")
         # An agent that starts without the bundle backs off for half a minute.
         self.cluster.kubectl(
-            *_NAMESPACE, "wait", r"--for=jsonpath={.data.bundle\.crt}", "configmap/spire-bundle", "--timeout=60s"
+            *_NAMESPACE, "wait", r"--for=jsonpath={.data.bundle\.crt}", "configmap/spire-bundle", "--timeout=120s"
         )
         self.cluster.apply(self._manifest("spire-agent"))
         for name in ("spire-agent", "spiffe-csi-driver"):
-            self.cluster.kubectl(*_NAMESPACE, "rollout", "status", f"daemonset/{name}", "--timeout=90s")
+            self.cluster.kubectl(*_NAMESPACE, "rollout", "status", f"daemonset/{name}", "--timeout=180s")
         self.cluster.wait_until("kubelet knows the CSI driver", self._driver_registered)
 
     def stop_server(self) -> None:
@@ -59,7 +59,7 @@ class Spire:
     def start_server(self) -> None:
         """Bring the server back, with its keys and entries."""
         self._scale_server(1)
-        self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "deployment/spire-server", "--timeout=90s")
+        self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "deployment/spire-server", "--timeout=180s")
 
     def stop_agent(self) -> None:
         """Take the agent off the node and wait until it is gone; the pods' socket directory stays."""
@@ -69,7 +69,7 @@ class Spire:
     def start_agent(self) -> None:
         """Bring the agent back."""
         self._select_agent_nodes("null")
-        self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "daemonset/spire-agent", "--timeout=90s")
+        self.cluster.kubectl(*_NAMESPACE, "rollout", "status", "daemonset/spire-agent", "--timeout=180s")
 
     def _manifest(self, name: str) -> str:
         template = string.Template((MANIFESTS / f"{name}.yaml").read_text())
@@ -87,4 +87,4 @@ class Spire:
         self.cluster.kubectl(*_NAMESPACE, "patch", "daemonset/spire-agent", "--type=merge", f"--patch={patch}")
 
     def _wait_gone(self, app: str) -> None:
-        self.cluster.kubectl(*_NAMESPACE, "wait", "--for=delete", "pod", f"--selector=app={app}", "--timeout=60s")
+        self.cluster.kubectl(*_NAMESPACE, "wait", "--for=delete", "pod", f"--selector=app={app}", "--timeout=120s")
