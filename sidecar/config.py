@@ -97,7 +97,7 @@ class Settings:
     audit_sink: str = _setting(str, "Where audit records go: stdout, or the path of a file.", default="stdout")
     otlp_endpoint: str = _setting(str, "Base URL of an OTLP/HTTP receiver when the bundle names none; empty: spans are counted and dropped.", default="")  # fmt: skip # noqa: E501
     probes: str = _setting(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
-    drain_s: float = _setting(_number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip # noqa: E501
+    drain_s: float = _setting(_number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip
     max_connections: float = _setting(_number(1, 100_000), "Inbound connections at a time; more wait in the kernel's queue.", default=1024.0)  # fmt: skip # noqa: E501
     log_level: LogLevel = _setting(_one_of(LogLevel), "Least severe log record that is written.", default=LogLevel.INFO)
 

@@ -7,7 +7,7 @@ cache would show it to others.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import msgspec
 
@@ -125,3 +125,4 @@ def _target(raw: msgspec.Raw, listing: Listing) -> Tool | Prompt | Resource:
             return Resource(uri=item.uri)
         case Listing.TEMPLATES:
             return Resource(uri=item.uri_template)
+    assert_never(listing)

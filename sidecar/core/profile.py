@@ -12,6 +12,7 @@ from sidecar.errors import BundleError
 
 FORMAT: Literal[1] = 1
 
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=512)]
 
@@ -50,7 +51,7 @@ class Provider(Record, frozen=True, kw_only=True):
     audiences: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     jwks_uri: str | None = None  # None: read from <issuer>/.well-known/openid-configuration
     ca_pem: str | None = None  # None: the system's roots
-    algorithms: Annotated[tuple[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"], ...], msgspec.Meta(min_length=1)] = ("RS256", "PS256", "ES256", "EdDSA")  # fmt: skip
+    algorithms: Annotated[tuple[Algorithm, ...], msgspec.Meta(min_length=1)] = ("RS256", "PS256", "ES256", "EdDSA")
     leeway_s: Annotated[int, msgspec.Meta(ge=0, le=120)] = 30
     claims: ClaimPaths = ClaimPaths()
 

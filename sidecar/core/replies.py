@@ -6,13 +6,31 @@ sessions), 400 and its kin for what could not be read. Codes stay outside -32768
 itself defines (MCP 2026-07-28, error codes).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, Final
 
 import orjson
 
 from sidecar.core.message import Message, Shape
 from sidecar.errors import Reason, Refusal
+
+# HTTP status and JSON-RPC code; tests/sidecar/core/test_replies.py holds it total.
+CODES: Final[Mapping[Reason, tuple[int, int]]] = {
+    Reason.DENIED: (200, 403),
+    Reason.THROTTLED: (200, 429),
+    Reason.UPSTREAM: (200, -32603),
+    Reason.FAULT: (200, -32603),
+    Reason.UNKNOWN_METHOD: (200, -32601),
+    Reason.MALFORMED: (400, -32600),
+    Reason.UNAUTHENTICATED: (401, 401),
+    Reason.FORBIDDEN_CALLER: (403, 403),
+    Reason.NOT_FOUND: (404, 404),
+    Reason.METHOD_NOT_ALLOWED: (405, 405),
+    Reason.TOO_LARGE: (413, 413),
+    Reason.UNSUPPORTED_MEDIA: (415, 415),
+    Reason.NOT_READY: (503, 503),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +45,7 @@ class Response:
 def answer(refusal: Refusal, message: Message | None) -> Response:
     """Return the response to *message*, which was refused; None: it could not be read."""
     request_id = refusal.id if message is None else message.id
-    status, code = _codes(refusal.reason)
+    status, code = CODES[refusal.reason]
     if request_id is None and status == 200:
         if message is None and refusal.reason is not Reason.UNKNOWN_METHOD:
             status = 500  # what it was is not known, so somebody may be waiting
@@ -49,35 +67,3 @@ def answer(refusal: Refusal, message: Message | None) -> Response:
     if request_id is not None:  # left out, not null: TypeScript's SDK refuses a null id
         error["id"] = request_id
     return Response(status=status, headers=tuple(headers), body=orjson.dumps(error))
-
-
-def _codes(reason: Reason) -> tuple[int, int]:
-    """Return (HTTP status, JSON-RPC code)."""
-    match reason:
-        case Reason.DENIED:
-            return 200, 403
-        case Reason.THROTTLED:
-            return 200, 429
-        case Reason.UPSTREAM:
-            return 200, -32603
-        case Reason.FAULT:
-            return 200, -32603
-        case Reason.UNKNOWN_METHOD:
-            return 200, -32601
-        case Reason.MALFORMED:
-            return 400, -32600
-        case Reason.UNAUTHENTICATED:
-            return 401, 401
-        case Reason.FORBIDDEN_CALLER:
-            return 403, 403
-        case Reason.NOT_FOUND:
-            return 404, 404
-        case Reason.METHOD_NOT_ALLOWED:
-            return 405, 405
-        case Reason.TOO_LARGE:
-            return 413, 413
-        case Reason.UNSUPPORTED_MEDIA:
-            return 415, 415
-        case Reason.NOT_READY:
-            return 503, 503
-    assert_never(reason)

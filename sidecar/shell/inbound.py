@@ -77,7 +77,7 @@ class Inbound(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep *transport*; the peer's certificate was verified within the handshake (certs/tls.py)."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it
         self._peer = peer_of(transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._serving.connections.add(self)

@@ -93,7 +93,7 @@ class Line(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep *transport*."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
 
     def data_received(self, data: bytes) -> None:

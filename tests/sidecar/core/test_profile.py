@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sidecar.core import profile as module
 from sidecar.core.profile import (
+    Algorithm,
     Audit,
     ClaimPaths,
     Identity,
@@ -25,7 +26,7 @@ from tests.builders import a_server
 
 TEXT = st.text(max_size=12)
 TEXTS = st.lists(TEXT, max_size=3).map(tuple)
-ALGORITHMS = get_args(get_args(get_args(msgspec.structs.fields(Provider)[5].type)[0])[0])
+ALGORITHMS = get_args(Algorithm)
 PROVIDERS = st.builds(
     Provider,
     name=TEXT,
