@@ -344,7 +344,7 @@ PARTS: Mapping[str, Part] = {
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a file lock, so that of several callers one builds and the others wait."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -357,7 +357,7 @@ def made(recipe: Recipe, label: str) -> Path:
     tree = home / f"{label}-{hashlib.sha256(recipe.inputs().encode()).hexdigest()[:12]}"
     if not tree.is_dir():
         home.mkdir(parents=True, exist_ok=True)
-        with _locked(home / f".{tree.name}.lock"):
+        with locked(home / f".{tree.name}.lock"):
             if not tree.is_dir():
                 _build(recipe, tree, label)
     return tree

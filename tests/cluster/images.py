@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from tests.parts import PipPackages, cache_dir, made, part, run
+from tests.parts import PipPackages, cache_dir, locked, made, part, run
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -260,36 +260,50 @@ def build(
     """The image of a Dockerfile's *target*; an argument that is an Image names a local base for a FROM line.
 
     RUN steps reach PyPI with this machine's pip settings, which are mounted while building and are not in the image.
+    One build at a time: what a build leaves in the store is removed after it.
     """
-    store = cache_dir() / "buildah"
     archives = cache_dir() / "images"
-    for directory in (store, archives):
-        directory.mkdir(parents=True, exist_ok=True)
-    policy = store / "policy.json"
-    policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-    buildah = (part("buildah"), "--storage-driver", "vfs", "--root", store / "root", "--runroot", store / "run")
-
-    def local_name(base: Image) -> str:
-        name = f"localhost/{base.archive.stem}"  # the stem carries a key, so a changed base is another name
-        if name not in run(*buildah, "images", "--format", "{{.Name}}").split():
-            pull = ("pull", "--quiet", "--signature-policy", policy, f"oci-archive:{base.archive}")
-            run(*buildah, "tag", run(*buildah, *pull).split()[-1], name)
-        return name
-
-    options = [f"--target={target}"] if target else []
-    for name, value in (arguments or {}).items():
-        options.append(f"--build-arg={name}={local_name(value) if isinstance(value, Image) else value}")
-    with tempfile.TemporaryDirectory(dir=archives) as scratch:
+    archives.mkdir(parents=True, exist_ok=True)
+    store = _Store()
+    with locked(store.path / "lock"), tempfile.TemporaryDirectory(dir=archives) as scratch:
+        options = [f"--target={target}"] if target else []
+        for name, value in (arguments or {}).items():
+            options.append(f"--build-arg={name}={store.name_of(value) if isinstance(value, Image) else value}")
         options += [f"--volume={file}:{place}:ro" for place, file in _pip_settings(Path(scratch)).items()]
-        policies = ("--signature-policy", policy)
-        run(*buildah, "bud", "--isolation", "chroot", *policies, *options, "--tag", tag, "--file", dockerfile, context)
-        identity = run(*buildah, "images", "--quiet", "--no-trunc", tag).strip().removeprefix("sha256:")[:12]
+        isolation = ("--isolation=chroot", f"--signature-policy={store.policy}")
+        store.buildah("bud", *isolation, *options, f"--tag={tag}", "--file", dockerfile, context)
+        identity = store.buildah("images", "--quiet", "--no-trunc", tag).strip().removeprefix("sha256:")[:12]
         archive = archives / f"{tag.rpartition('/')[2].replace(':', '-')}-{identity}.tar"
         if not archive.exists():
             written = Path(scratch, "image.tar")
-            run(*buildah, "push", "--quiet", *policies, tag, f"docker-archive:{written}:{tag}")
+            push = ("push", "--quiet", f"--signature-policy={store.policy}", tag)
+            store.buildah(*push, f"docker-archive:{written}:{tag}")
             written.rename(archive)
+        store.buildah("rm", "--all")
+        store.buildah("rmi", "--prune")
     return Image(reference=tag, archive=archive)
+
+
+class _Store:
+    """Where buildah keeps base images, apart from any store of this machine's own."""
+
+    def __init__(self) -> None:
+        self.path = cache_dir() / "buildah"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.policy = self.path / "policy.json"
+        self.policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+
+    def buildah(self, *arguments: str | Path) -> str:
+        storage = ("--storage-driver=vfs", f"--root={self.path}/root", f"--runroot={self.path}/run")
+        return run(part("buildah"), *storage, *arguments)
+
+    def name_of(self, base: Image) -> str:
+        """The name of a base in this store, brought in first when it is not there."""
+        name = f"localhost/{base.archive.stem}"  # the stem carries a key, so a changed base is another name
+        if name not in self.buildah("images", "--format", "{{.Name}}").split():
+            pull = ("pull", "--quiet", f"--signature-policy={self.policy}", f"oci-archive:{base.archive}")
+            self.buildah("tag", self.buildah(*pull).split()[-1], name)
+        return name
 
 
 def _pip_settings(scratch: Path) -> dict[str, Path]:
