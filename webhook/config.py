@@ -86,7 +86,7 @@ class Settings:
     metrics_port: int = _setting(_port, "Port of health and metrics.", default=9090)
     spiffe_socket: str = _setting(
         str,
-        "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET, here and in sidecars alike.",
+        "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; sidecars find a socket of the same name.",
         default="unix:/spiffe-workload-api/spire-agent.sock",
     )
     opa: str = _setting(_filled, "Path of the opa program, which compiles Rego.", default="/opa")

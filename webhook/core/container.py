@@ -25,6 +25,7 @@ CACHE_VOLUME: Final = "sidegate-cache"
 NO_TOKEN_VOLUME: Final = "sidegate-no-token"  # noqa: S105 - the name of a volume
 SPIFFE_DRIVER: Final = "csi.spiffe.io"
 PROBES_VARIABLE: Final = f"{PREFIX}PROBES"
+SPIFFE_DIR: Final = "/spiffe-workload-api"
 CACHE_DIR: Final = "/var/cache/sidegate"
 CACHE_SIZE: Final = "64Mi"  # last good bundle and compiled policy, both several times over
 TOKEN_DIR: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
@@ -143,7 +144,7 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
         "readinessProbe": _probe("/readyz", period_s=5, timeout_s=3, failures=3),
         "livenessProbe": _probe("/livez", period_s=10, timeout_s=5, failures=6),
         "volumeMounts": [
-            {"name": SPIFFE_VOLUME, "mountPath": "/spiffe-workload-api", "readOnly": True},
+            {"name": SPIFFE_VOLUME, "mountPath": SPIFFE_DIR, "readOnly": True},
             {"name": CACHE_VOLUME, "mountPath": CACHE_DIR},
             _no_token_mount(),
         ],

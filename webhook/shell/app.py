@@ -24,7 +24,7 @@ from sidecar.config import Capture, LogLevel
 from sidecar.config import Settings as SidecarSettings
 from sidecar.core.profile import Audit, Telemetry
 from webhook.config import Settings
-from webhook.core.container import Amounts, Template
+from webhook.core.container import SPIFFE_DIR, Amounts, Template
 from webhook.core.effective import Defaults
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON
@@ -199,7 +199,7 @@ def template(settings: Settings, version: str, key: ec.EllipticCurvePrivateKey) 
         weakest_capture=Capture(settings.weakest_capture),
         excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
         sidecar=SidecarSettings(
-            spiffe_socket=settings.spiffe_socket,
+            spiffe_socket=f"unix:{SPIFFE_DIR}/{settings.spiffe_socket.rpartition('/')[2]}",  # one driver serves both
             control_plane=f"https://{settings.service}.{settings.namespace}.svc:8443",
             control_plane_id=settings.control_plane_id,
             bundle_keys=public_pem(key),

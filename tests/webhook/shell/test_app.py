@@ -15,18 +15,21 @@ import jsonpatch
 import msgspec
 import pytest
 
+from certs.authority import make_key
 from certs.embedded import EmbeddedDomain, EmbeddedWorkloadApi, Identity
 from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.tls import MutualClient, web_client_context
 from certs.workload import X509Source
+from sidecar.config import Capture
 from sidecar.core import bundle
 from tests.webhook.core.golden_cases import TEMPLATE
 from tests.webhook.kube_server import PODS, KubeServer
 from webhook.config import Settings
 from webhook.core import resources
 from webhook.shell import opa
-from webhook.shell.app import App, passes_golden_pod
+from webhook.shell.app import App, defaults, passes_golden_pod, template
 from webhook.shell.controllers import path_of
+from webhook.shell.rotate import public_pem
 
 CONFIGURATIONS = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
 CONTROL_PLANE = SpiffeId.parse("spiffe://a.test/ns/sidegate-system/sa/sidegate")
@@ -260,3 +263,31 @@ def test_golden_pod_is_the_self_test() -> None:
     """A template that cannot inject a plain pod makes the replica unready."""
     assert passes_golden_pod(TEMPLATE)
     assert not passes_golden_pod(replace(TEMPLATE, excluded_namespaces=frozenset({"golden"})))
+
+
+def test_template_is_what_the_settings_say() -> None:
+    """Sidecars get our address, our name, our key, and a socket of the same name in their own directory."""
+    key = make_key()
+    settings = Settings(
+        control_plane_id=str(CONTROL_PLANE),
+        spiffe_socket="unix:/elsewhere/agent.sock",
+        namespace="gate",
+        capture="remap",
+    )
+    made = template(settings, "1", key)
+
+    assert made.sidecar.control_plane == "https://sidegate.gate.svc:8443"
+    assert made.sidecar.control_plane_id == str(CONTROL_PLANE)
+    assert made.sidecar.spiffe_socket == "unix:/spiffe-workload-api/agent.sock"
+    assert made.sidecar.bundle_keys == public_pem(key)
+    assert made.capture is Capture.REMAP
+    assert {"gate", "kube-system"} <= made.excluded_namespaces
+
+
+def test_defaults_are_what_the_settings_say() -> None:
+    """Including the content of audit records."""
+    got = defaults(Settings(mtls="permissive", user="optional", audit_content="hash", otlp_endpoint="http://c:4318"))
+
+    assert (got.mtls, got.user, got.audit.arguments, got.audit.results) == ("permissive", "optional", "hash", "hash")
+    assert got.telemetry.otlp_endpoint == "http://c:4318"
+    assert defaults(Settings()).telemetry.otlp_endpoint is None
