@@ -11,7 +11,7 @@ import msgspec
 import sidecar.config
 import webhook.config
 from sidecar.core import profile
-from sidecar.core.message import NOTIFICATIONS, REQUESTS
+from sidecar.core.message import NOTIFICATIONS, REQUESTS, Message, Shape
 from sidecar.core.replies import answer
 from sidecar.errors import Reason, Refusal
 from webhook.core import annotations
@@ -101,8 +101,9 @@ def _type_name(kind: Any) -> str:
 
 def _refusals() -> str:
     rows = []
+    call = Message(shape=Shape.REQUEST, method="tools/call", id=1, params={})
     for reason in Reason:
-        response = answer(Refusal(reason, ""), request_id=1)
+        response = answer(Refusal(reason, ""), call)
         code = msgspec.json.decode(response.body)["error"]["code"]
         rows.append((f"`{reason}`", str(response.status), str(code)))
     text = "Every message that does not pass has one of these reasons: in the answer, the audit record, the metric and the log.\n"

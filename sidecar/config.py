@@ -85,7 +85,9 @@ class Settings:
     listen_port: int = _setting(_port, "Port of the inbound listener.", default=INBOUND_PORT)
     health_host: str = _setting(str, "Address of the health and metrics listener.", default="::")
     health_port: int = _setting(_port, "Port of the health and metrics listener.", default=HEALTH_PORT)
-    upstream_host: str = _setting(str, "Address of the MCP server; its port comes with the bundle.", default="127.0.0.1")
+    upstream_host: str = _setting(
+        str, "Address of the MCP server; its port comes with the bundle.", default="127.0.0.1"
+    )
     hosts: str = _setting(str, "Comma-separated authorities under which callers know this server, for Host and Origin checks; empty: any Host, no Origin.", default="")  # fmt: skip # noqa: E501
     spiffe_socket: str = _setting(str, "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; empty: no workload identity.", default="")  # fmt: skip # noqa: E501
     spiffe_id: str = _setting(str, "SPIFFE ID to use when the agent offers several; empty: the only one.", default="")
