@@ -15,6 +15,7 @@ import json
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -37,6 +38,7 @@ _MEDIA_TYPE = "application/vnd.oci.image."
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CA_FILE = "etc/ssl/certs/ca-certificates.crt"
 _LAYOUT = 2  # part of an archive's key; to be raised with what `_write_archive` writes
+_UNUSED_S = 3600  # longer than any session between making an archive and loading it
 _PIP = "pip==26.3"
 
 
@@ -66,7 +68,17 @@ def image(
         archive.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
             _write_archive(Path(scratch, "image.tar"), reference, config, layers).rename(archive)
+    _keep(archive)
     return Image(reference=reference, archive=archive)
+
+
+def _keep(archive: Path) -> None:
+    """Mark an archive as used now, and remove those of the same image that nobody has used for an hour."""
+    archive.touch()
+    for other in archive.parent.glob(f"{archive.stem.rpartition('-')[0]}-{'[0-9a-f]' * 12}.tar"):
+        with contextlib.suppress(FileNotFoundError):  # somebody else's clearing up
+            if time.time() - other.stat().st_mtime > _UNUSED_S:
+                other.unlink()
 
 
 def _fingerprint(layer: Layer) -> list[str]:
@@ -270,8 +282,8 @@ def build(
         for name, value in (arguments or {}).items():
             options.append(f"--build-arg={name}={store.name_of(value) if isinstance(value, Image) else value}")
         options += [f"--volume={file}:{place}:ro" for place, file in _pip_settings(Path(scratch)).items()]
-        isolation = ("--isolation=chroot", f"--signature-policy={store.policy}")
-        store.buildah("bud", *isolation, *options, f"--tag={tag}", "--file", dockerfile, context)
+        options += ["--isolation=chroot", f"--signature-policy={store.policy}"]
+        store.buildah("bud", *options, f"--tag={tag}", "--file", dockerfile, context)
         identity = store.buildah("images", "--quiet", "--no-trunc", tag).strip().removeprefix("sha256:")[:12]
         archive = archives / f"{tag.rpartition('/')[2].replace(':', '-')}-{identity}.tar"
         if not archive.exists():
@@ -279,6 +291,7 @@ def build(
             push = ("push", "--quiet", f"--signature-policy={store.policy}", tag)
             store.buildah(*push, f"docker-archive:{written}:{tag}")
             written.rename(archive)
+        _keep(archive)
         store.buildah("rm", "--all")
         store.buildah("rmi", "--prune")
     return Image(reference=tag, archive=archive)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from typing import TYPE_CHECKING
 
@@ -73,3 +74,18 @@ def test_the_same_files_make_the_same_archive(tmp_path: Path) -> None:
 
     file.write_text("other")
     assert images.image("localhost/thing:1", {"program": file}).archive != first.archive
+
+
+def test_archives_that_nobody_uses_are_removed() -> None:
+    """A changed image takes the place of the old one once that has gone unused for an hour; other images stay."""
+    old, recent = (images.image("localhost/thing:1", {"program": text}).archive for text in (b"old", b"recent"))
+    other = images.image("localhost/other:1", {"program": b"old"}).archive
+    for archive in (old, other):
+        os.utime(archive, (0, 0))
+
+    new = images.image("localhost/thing:1", {"program": b"new"}).archive
+
+    assert not old.exists()
+    assert recent.exists()
+    assert other.exists()
+    assert new.exists()
