@@ -214,9 +214,14 @@ def _refuse_misplaced(seen: Pod) -> None:
             raise Denial(
                 DenyCode.DECOY_VOLUME, f"volume {volume.name}: the SPIFFE Workload API is mounted for the sidecar alone"
             )
+    names = set()
     for each in seen.containers:
-        if each.name not in container.CONTAINERS:
-            _refuse_ours_in(each)
+        if each.name in container.CONTAINERS:
+            continue
+        if each.name in names:  # the API server refuses that too, but only after us, and probes are kept by name
+            raise Denial(DenyCode.MALFORMED, f"container name {each.name} is used twice")
+        names.add(each.name)
+        _refuse_ours_in(each)
 
 
 def _refuse_ours_in(each: Container) -> None:

@@ -36,6 +36,7 @@ def test_record_says_what_to_perform() -> None:
     [
         {"livenessProbe": {"exec": {"command": ["true"]}}},
         {"livenessProbe": {"httpGet": {"host": "example.org", "port": 80}}},
+        {"lifecycle": {"preStop": {"httpGet": {"host": "example.org", "port": 80}}}},
         {"lifecycle": {"preStop": {"exec": {"command": ["true"]}}, "postStart": {"tcpSocket": {"port": 1}}}},
         {"livenessProbe": {}},
         {"lifecycle": {"stopSignal": "SIGQUIT"}},
