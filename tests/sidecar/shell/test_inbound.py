@@ -626,7 +626,7 @@ class ScriptedCall:
 EVENTS = st.lists(
     st.sampled_from(
         [
-            "request", "request", "request", "garbage", "refuse", "forward", "head", "head of a stream", "piece", "event",
+            "request", "request", "request", "garbage", "refuse", "forward", "head", "head of a stream", "head of a page", "piece", "event",
             "bad event", "complete", "failed", "client gone", "stuck", "unstuck", "drain", "abort", "time out", "last request",
         ]
     ),
@@ -699,6 +699,7 @@ async def _play(events: list[str]) -> None:  # noqa: C901 - one small act for ea
         "refuse": refuse,
         "forward": forward,
         "head": lambda: head(b"application/json"),
+        "head of a page": lambda: head(b"text/html"),
         "head of a stream": lambda: head(b"text/event-stream"),
         "piece": lambda: feed(b'{"jsonrpc":"2.0"'),
         "event": lambda: feed(b"data: {}\n\n"),

@@ -9,6 +9,7 @@ import pytest
 
 from sidecar.errors import Reason
 from sidecar.shell import upstream
+from sidecar.shell.upstream import Call, Line
 from tests.builders import a_call, a_request, a_snapshot
 from tests.fakes import Heard, a_path, a_server, allowing, answers, echo_script, eventually, post, response
 
@@ -429,6 +430,75 @@ async def test_a_client_that_does_not_read_holds_the_server_back() -> None:
 
     assert answer is not None
     assert len(answer.body) == PIECES * len(event)
+
+
+class Wire:
+    """A transport that says whether it is read."""
+
+    def __init__(self) -> None:
+        self.is_read = True
+
+    def write(self, _: bytes) -> None:
+        """Take it."""
+
+    def is_closing(self) -> bool:
+        """Say no."""
+        return False
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        """Nothing is buffered here."""
+
+    def pause_reading(self) -> None:
+        """Stop."""
+        self.is_read = False
+
+    def resume_reading(self) -> None:
+        """Go on."""
+        self.is_read = True
+
+
+class SlowSink:
+    """Holds its call back at every piece, as a client does whose buffer is full."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.ended = False
+
+    def begin(self, *_: object) -> None:
+        """Take the head."""
+
+    def feed(self, _: bytes) -> None:
+        """Take a piece, and have enough."""
+        assert self.call is not None
+        self.call.pause()
+
+    def complete(self) -> None:
+        """Know the end."""
+        self.ended = True
+
+    def failed(self, detail: str) -> None:
+        """Know a failure, which is none here."""
+        raise AssertionError(detail)
+
+
+def test_a_connection_is_not_kept_held_back() -> None:
+    """The call that held it is over; the next one is another's, and would wait for ever."""
+    kept: list[Line] = []
+
+    class Pool:
+        keep = kept.append
+
+    line, wire, sink = Line(Pool()), Wire(), SlowSink()  # type: ignore[arg-type]
+    line.connection_made(wire)  # type: ignore[arg-type]
+    sink.call = Call(sink, b"")
+    line.carry(sink.call)
+    line.data_received(STREAM + chunk(b": x\n\n"))
+    assert not wire.is_read
+    line.data_received(chunk(b": x\n\n") + b"0\r\n\r\n")
+
+    assert (sink.ended, wire.is_read, kept) == (True, True, [line])
+    sink.call.pause()  # a late word of the call that is over
+    assert wire.is_read
 
 
 async def test_a_server_that_does_not_read_holds_no_more_than_one_body() -> None:
