@@ -6,11 +6,11 @@ import functools
 import os
 import signal
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import uvloop
 
+from sidecar import __version__
 from sidecar.shell import logs
 from webhook.config import Settings
 from webhook.errors import BadSetting, KubeError
@@ -28,7 +28,7 @@ async def serve(settings: Settings) -> None:
     kube = await Kube.open(settings.kubeconfig)
     async with contextlib.aclosing(kube):
         compile_files = functools.partial(opa.files, opa=opa.Opa(Path(settings.opa)))
-        app = App(settings, version=metadata.version("sidegate"), kube=kube, compile_files=compile_files)
+        app = App(settings, version=__version__, kube=kube, compile_files=compile_files)
         await app.run(stop)
 
 

@@ -142,10 +142,11 @@ class Governed:
     def values(self) -> list[str]:
         """What a user sets: the images, the trust domain, where spans go."""
         settings = {
-            "image.repository": "registry.example/sidegate/control-plane",
-            "image.tag": "e2e",
-            "sidecar.image.repository": "registry.example/sidegate/sidecar",
-            "sidecar.image.tag": "e2e",
+            "image.controlPlane.repository": "registry.example/sidegate/control-plane",
+            "image.controlPlane.tag": "e2e",
+            "image.sidecar.repository": "registry.example/sidegate/sidecar",
+            "image.sidecar.tag": "e2e",
+            "replicas": "1",
             "spiffe.trustDomain": self.spire.trust_domain,
             "telemetry.otlpEndpoint": "http://collector.telemetry.svc:4318",
         }
