@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("certs", "sidecar", "webhook")
 
 STARTED = {
-    "sidecar": ("sidecar.__main__", "sidecar.shell.net"),
-    "webhook": ("webhook.__main__", "webhook.shell.removal"),
+    "sidecar": ("sidecar.__main__", "sidecar.shell.net", "sidecar.shell.precompile"),
+    "webhook": ("webhook.__main__", "webhook.shell.removal", "webhook.shell.cedar"),
 }
 """What the containers of each image run."""
 
