@@ -11,6 +11,7 @@ from pathlib import Path
 import uvloop
 
 from sidecar import __version__
+from sidecar import __version__
 from sidecar.shell import logs
 from webhook.config import Settings
 from webhook.errors import BadSetting, KubeError
