@@ -11,7 +11,6 @@ from pathlib import Path
 import uvloop
 
 from sidecar import __version__
-from sidecar import __version__
 from sidecar.shell import logs
 from webhook.config import Settings
 from webhook.errors import BadSetting, KubeError
