@@ -623,15 +623,25 @@ class ScriptedCall:
     resume = pause
 
 
-EVENTS = st.lists(
-    st.sampled_from(
-        [
-            "request", "request", "request", "garbage", "refuse", "forward", "head", "head of a stream", "head of a page", "piece", "event",
-            "bad event", "complete", "failed", "client gone", "stuck", "unstuck", "drain", "abort", "time out", "last request",
-        ]
-    ),
-    max_size=40,
-)  # fmt: skip
+KINDS = [
+    "request", "last request", "garbage", "refuse", "forward", "head", "head of a stream", "head of a page", "piece", "event",
+    "bad event", "complete", "failed", "client gone", "stuck", "unstuck", "drain", "abort", "time out",
+]  # fmt: skip
+# A call's usual way with anything in between, or a few kinds in any order: all kinds at once seldom meet.
+USUAL = st.tuples(
+    st.just("request"),
+    st.sampled_from(["forward", "refuse"]),
+    st.sampled_from(["head", "head of a stream", "head of a page"]),
+    st.sampled_from(["piece", "event", "bad event"]),
+    st.sampled_from(["complete", "failed"]),
+)
+WITH_SURPRISE = st.tuples(USUAL, st.integers(0, 5), st.lists(st.sampled_from(KINDS), max_size=3)).map(
+    lambda drawn: [*drawn[0][: drawn[1]], *drawn[2], *drawn[0][drawn[1] :]]
+)
+FEW_KINDS = st.lists(st.sampled_from(KINDS), min_size=1, max_size=6).flatmap(
+    lambda few: st.lists(st.sampled_from(few), max_size=30)
+)
+EVENTS = st.lists(WITH_SURPRISE, max_size=4).map(lambda parts: [each for part in parts for each in part]) | FEW_KINDS
 
 
 @settings(max_examples=300, deadline=None)
