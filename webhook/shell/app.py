@@ -159,7 +159,9 @@ class App:
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, self._settings.listen_host, port, ssl_context=context)
+        # A socket bound to `::` alone would take IPv6 only: asyncio sets IPV6_V6ONLY. None binds both families.
+        host = None if self._settings.listen_host == "::" else self._settings.listen_host
+        site = web.TCPSite(runner, host, port, ssl_context=context)
         await site.start()
         address = runner.addresses[0]
         return int(address[1])
