@@ -125,7 +125,9 @@ def _agent(exchange: Exchange, message: Message, memory: Memory) -> Agent:
         )
     if session is None:
         return Agent(session=_label(stamped))
-    return replace(session.agent, session=_label(stamped) or session.agent.session or session_id)
+    return (
+        session.agent if stamped is None else replace(session.agent, session=_label(stamped) or session.agent.session)
+    )
 
 
 def _label(value: object) -> str | None:
@@ -138,7 +140,8 @@ def remember(exchange: Exchange, status: int, session_id: str | None, memory: Me
     if message is None or principal is None:
         return
     if message.method == "initialize" and session_id is not None and status < 300:
-        memory.sessions.open(session_id, principal, exchange.agent)
+        agent = exchange.agent  # without a session of its own, the MCP session stands in for it
+        memory.sessions.open(session_id, principal, agent if agent.session else replace(agent, session=session_id))
         exchange.session_id = session_id
     elif exchange.session_id is not None and (status == 404 or (message.shape is Shape.CLOSE_SESSION and status < 300)):
         memory.sessions.close(exchange.session_id)

@@ -145,12 +145,17 @@ def record(exchange: Exchange) -> dict[str, Any]:
         },
         "limits": [] if admission is None else admission.limits,
         "latency_s": {
-            "judge": round(exchange.judged_s, 6),
-            "upstream": None if exchange.upstream_s is None else round(exchange.upstream_s, 6),
-            "total": round(exchange.total_s, 6),
+            "judge": _microseconds(exchange.judged_s),
+            "upstream": None if exchange.upstream_s is None else _microseconds(exchange.upstream_s),
+            "total": _microseconds(exchange.total_s),
         },
         "aborted": exchange.aborted,
     }
+
+
+def _microseconds(seconds: float) -> float:
+    """Return *seconds* cut to whole microseconds: `round` costs ten times as much."""
+    return int(seconds * 1e6) / 1e6
 
 
 def timestamp(unix_ns: int) -> str:

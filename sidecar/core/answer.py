@@ -37,7 +37,7 @@ class Answer:
         self._engines = engines
         self._held = bytearray()
         self._splitter = Splitter()
-        self._hash = hashlib.sha256()
+        self._hash: hashlib._Hash | None = None
         self._is_result = False  # what comes as it comes is the answering message
         self.mode = Mode.AS_IT_COMES
         self.result: bytes | None = None  # the message that answers the request, if it was small enough to keep
@@ -49,7 +49,7 @@ class Answer:
     @property
     def result_sha256(self) -> str | None:
         """Return the hash of the answering message in hexadecimal; None when there was none."""
-        return self._hash.hexdigest() if self.result_bytes else None
+        return self._hash.hexdigest() if self._hash is not None and self.result_bytes else None
 
     def begin(self, status: int, headers: Headers) -> bytes:
         """Look at the response's *status* and *headers*; raises Refusal(UPSTREAM) when its body could not be judged.
@@ -119,13 +119,14 @@ class Answer:
         seen = review(data, self._permit, self._engines)
         self.hidden += seen.hidden
         if seen.answers and self._permit.question.message.shape is Shape.REQUEST:
-            self.result_bytes, self._hash = 0, hashlib.sha256()
-            self._count(seen.data)
+            self.result_bytes, self._hash = len(seen.data), hashlib.sha256(seen.data)
             self.result = seen.data if len(seen.data) <= MAX_KEPT_BYTES else None
             self.error_code, self.tool_failed = seen.error_code, seen.tool_failed
         return seen.data
 
     def _count(self, piece: bytes) -> None:
+        if self._hash is None:
+            self._hash = hashlib.sha256()
         self.result_bytes += len(piece)
         self._hash.update(piece)
 

@@ -5,7 +5,7 @@ servers that listen on loopback demand a loopback Host, so ours is written there
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from certs.verify import Peer
@@ -44,6 +44,7 @@ CONSUMED: Final = frozenset(
         b"x-forwarded-client-cert",
     }
 )
+_NOT_FORWARDED: Final = HOP_BY_HOP | CONSUMED
 RESERVED_PREFIX: Final = b"sidegate-"  # headers of ours; from a caller they are forgeries
 
 
@@ -58,16 +59,23 @@ class Connection:
     query: str
     headers: Headers
     body: bytes
+    values: dict[bytes, bytes] = field(init=False, repr=False, compare=False)  # the last one of each name
+
+    def __post_init__(self) -> None:
+        """Look the headers through once: a request's are asked for ten times."""
+        object.__setattr__(self, "values", dict(self.headers))
 
     def header(self, name: bytes) -> str | None:
         """Return the value of *name* (lower case); None when absent; raises Refusal(MALFORMED) when given twice.
 
         A second value is refused wherever we read one: servers differ in which of the two they take.
         """
-        values = [value for key, value in self.headers if key == name]
-        if len(values) > 1:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if len(self.values) < len(self.headers) and sum(key == name for key, _ in self.headers) > 1:
             raise Refusal(Reason.MALFORMED, f"the header {name.decode('ascii')} is given more than once")
-        return values[0].decode("latin-1") if values else None
+        return value.decode("latin-1")
 
 
 def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
@@ -76,7 +84,8 @@ def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     A name with an underscore is dropped, as nginx does: CGI-like servers read it as its sister with a dash, which was
     judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged.
     """
-    dropped = HOP_BY_HOP | CONSUMED | {name for name in _nominated(headers) if not name.startswith(b"mcp-")}
+    nominated = {name for name in _nominated(headers) if not name.startswith(b"mcp-")}
+    dropped = _NOT_FORWARDED | nominated if nominated else _NOT_FORWARDED
     return [
         (name, value)
         for name, value in headers
@@ -86,7 +95,8 @@ def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Return those of the upstream's *headers* that the caller may see."""
-    dropped = HOP_BY_HOP | _nominated(headers)
+    nominated = _nominated(headers) - HOP_BY_HOP  # mostly keep-alive, which is one of them
+    dropped = HOP_BY_HOP | nominated if nominated else HOP_BY_HOP
     return [(name, value) for name, value in headers if name not in dropped]
 
 

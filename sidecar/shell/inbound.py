@@ -64,6 +64,7 @@ class Inbound(asyncio.Protocol):
         self._is_stuck = False  # the client does not read
         self._holds_reading = False
         self._timer: asyncio.TimerHandle | None = None
+        self._deadline_s = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -146,7 +147,9 @@ class Inbound(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header field; trailer fields are dropped, they must not pass for headers (RFC 9110, 6.5.1)."""
-        self._grow(len(name) + len(value))
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._grow(0)
         if self._in_body:
             return
         self._headers.append((name.lower(), value.strip(b" \t")))  # llhttp leaves trailing white space
@@ -191,15 +194,16 @@ class Inbound(asyncio.Protocol):
             raise Refusal(Reason.MALFORMED, "the HTTP version must be 1.1 or 1.0")
         if not self._url.startswith(b"/") or b"#" in self._url:
             raise Refusal(Reason.MALFORMED, "the request target must be a path")
-        hosts = sum(name == b"host" for name, _ in self._headers)
+        names = [name for name, _ in self._headers]
+        hosts = names.count(b"host")
         if hosts > 1 or (hosts == 0 and self._speaks_1_1):
             raise Refusal(Reason.MALFORMED, "Host must be given once")
-        codings = [value.lower() for name, value in self._headers if name == b"transfer-encoding"]
-        if codings and (codings != [b"chunked"] or not self._speaks_1_1):
-            raise Refusal(Reason.MALFORMED, "Transfer-Encoding must be chunked, and HTTP 1.1")
-        for name, value in self._headers:
-            if name == b"content-length":
-                self._limit_body(int(value))
+        if b"transfer-encoding" in names:
+            codings = [value.lower() for name, value in self._headers if name == b"transfer-encoding"]
+            if codings != [b"chunked"] or not self._speaks_1_1:
+                raise Refusal(Reason.MALFORMED, "Transfer-Encoding must be chunked, and HTTP 1.1")
+        if b"content-length" in names:  # llhttp has refused a second one
+            self._limit_body(int(self._headers[names.index(b"content-length")][1]))
 
     def _limit_body(self, size_bytes: int) -> None:
         limit = self._serving.max_body_bytes
@@ -254,7 +258,6 @@ class Inbound(asyncio.Protocol):
         if self._turn is not None or self._is_stuck or self._transport is None:
             return
         if self._queue:
-            self._cancel_timer()
             request = self._queue.popleft()
             self._turn = Turn(self, self._serving, request, self._serving.begin(request.connection))
             self._turn.start()
@@ -275,8 +278,13 @@ class Inbound(asyncio.Protocol):
     # timers and the socket
 
     def _wait(self, seconds: float) -> None:
-        self._cancel_timer()
-        self._timer = self._loop.call_later(seconds, self._timed_out)
+        """Abort in *seconds*, unless told otherwise until then. A timer that goes off too early serves: see `_timed_out`."""
+        self._deadline_s = self._loop.time() + seconds
+        if self._timer is not None and self._timer.when() > self._deadline_s:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_later(seconds, self._timed_out)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -284,7 +292,13 @@ class Inbound(asyncio.Protocol):
             self._timer = None
 
     def _timed_out(self) -> None:
-        if self._turn is None or self._is_stuck:
+        self._timer = None
+        if self._turn is not None and not self._is_stuck:
+            return
+        left_s = self._deadline_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._timed_out)
+        else:
             self.abort()
 
     def _hold_reading(self, *, hold: bool) -> None:

@@ -73,7 +73,7 @@ class Serving:
         """Return the record of a request that has just come."""
         self.in_flight += 1
         snapshot = self.snapshot
-        context = trace.parse(dict(connection.headers).get(b"traceparent", b"").decode("latin-1"))
+        context = trace.parse(connection.values.get(b"traceparent", b"").decode("latin-1"))
         return Exchange(
             connection=connection,
             profile=None if snapshot is None else snapshot.profile,
