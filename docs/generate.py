@@ -106,7 +106,10 @@ def _refusals() -> str:
         response = answer(Refusal(reason, ""), call)
         code = msgspec.json.decode(response.body)["error"]["code"]
         rows.append((f"`{reason}`", str(response.status), str(code)))
-    text = "Every message that does not pass has one of these reasons: in the answer, the audit record, the metric and the log.\n"
+    text = (
+        "Every message that does not pass has one of these reasons: in the answer, the audit record, the metric and the log.\n"
+        "Status and code are those of a refused call; what could not be read at all is answered with HTTP 400.\n"
+    )
     return f"{NOTE}# Refusals\n\n{text}\n{_table(('reason', 'HTTP status', 'JSON-RPC code'), rows)}"
 
 

@@ -46,6 +46,8 @@ def answer(refusal: Refusal, message: Message | None) -> Response:
     """Return the response to *message*, which was refused; None: it could not be read."""
     request_id = refusal.id if message is None else message.id
     status, code = CODES[refusal.reason]
+    if refusal.reason is Reason.MALFORMED and request_id is not None:
+        status, code = 200, -32602  # the message was read, only its params make no sense: its caller waits for the id
     if request_id is None and status == 200:
         if message is None and refusal.reason is not Reason.UNKNOWN_METHOD:
             status = 500  # what it was is not known, so somebody may be waiting

@@ -29,7 +29,7 @@ def body_of(refusal: Refusal, message: Message | None) -> dict[str, Any]:
         (Reason.UPSTREAM, 200, -32603),
         (Reason.FAULT, 200, -32603),
         (Reason.UNKNOWN_METHOD, 200, -32601),
-        (Reason.MALFORMED, 400, -32600),
+        (Reason.MALFORMED, 200, -32602),
         (Reason.UNAUTHENTICATED, 401, 401),
         (Reason.FORBIDDEN_CALLER, 403, 403),
         (Reason.NOT_FOUND, 404, 404),
@@ -132,3 +132,11 @@ def test_when_to_come_back_is_said_twice() -> None:
 def test_http_demands_a_header_of_some(reason: Reason, header: tuple[bytes, bytes]) -> None:
     """RFC 9110, 11.6.1 and 15.5.6."""
     assert header in answer(Refusal(reason, "x"), None).headers
+
+
+def test_a_message_that_could_not_be_read_is_a_bad_request() -> None:
+    """Without an id nobody waits for a JSON-RPC answer: HTTP says it."""
+    response = answer(Refusal(Reason.MALFORMED, "public text"), None)
+
+    assert response.status == 400
+    assert json.loads(response.body)["error"]["code"] == -32600
