@@ -55,7 +55,7 @@ class Measured:
     skipped: Mapping[str, str]
 
 
-def measure(  # noqa: PLR0913 - what is measured, and how long
+def measure(
     loader: Loader,
     targets: Sequence[Target],
     requests: Mapping[str, Path],

@@ -50,7 +50,7 @@ class Probes:
             anonymous = self._ask(target, "no-token", call, token=None)
             _expect(target, "a call without token", anonymous, anonymous.status == 401)
 
-    def _ask(  # noqa: PLR0913 - each is a way in which a call can be wrong
+    def _ask(
         self,
         target: Target,
         name: str,

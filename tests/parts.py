@@ -334,7 +334,9 @@ PARTS: Mapping[str, Part] = {
     "wrk": Part(recipe=DebianTree(packages=("wrk",), programs=(("wrk", "usr/bin/wrk"),)), path="bin/wrk"),
     # Root trees of images: the machine reaches no image registry.
     "busybox-root": Part(recipe=DebianTree(packages=("base-files", "busybox-static", "iptables", "nftables"))),
-    "python-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "python3", "python3-venv", "libstdc++6", "nftables", "iptables"))),
+    "python-root": Part(
+        recipe=DebianTree(packages=(*_IMAGE_BASE, "python3", "python3-venv", "libstdc++6", "nftables", "iptables"))
+    ),
     "node-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "libstdc++6", "libatomic1"))),
     # MCP servers as their users run them.
     "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),

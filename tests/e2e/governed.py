@@ -273,7 +273,8 @@ class Governed:
             "readinessProbe": {"tcpSocket": {"port": 8000}, "periodSeconds": 1},
             "ports": [{"name": "mcp", "containerPort": 8000}],
         }
-        duckdb = ["python3", "-c", "from mcp_server_motherduck import main; main()", "--transport", "http", "--host", "0.0.0.0", "--port", "8000",
+        program = "from mcp_server_motherduck import main; main()"
+        duckdb = ["python3", "-c", program, "--transport", "http", "--host", "0.0.0.0", "--port", "8000",
                   "--db-path", ":memory:", "--read-write", "--home-dir", "/tmp",
                   "--init-sql", "CREATE TABLE customers AS SELECT 1 AS id, 'Ada' AS name"]  # fmt: skip
         self.cluster.apply(

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from webhook.cli.__main__ import main
 
@@ -57,9 +59,6 @@ def test_a_bundle_without_key_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_bundle_of_another_key_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The refusal names the signature."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
     key = tmp_path / "key.pem"
     public = ec.generate_private_key(ec.SECP256R1()).public_key()
     key.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
