@@ -70,6 +70,7 @@ def judge(exchange: Exchange, snapshot: Snapshot, memory: Memory, *, now_s: floa
         server=snapshot.profile.server,
         agent=agent,
         time_ns=exchange.started_ns,
+        session_id=exchange.session_id,
         protocol_version=exchange.protocol_version,
         trace_id=exchange.trace_id,
     )

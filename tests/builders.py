@@ -100,6 +100,7 @@ def a_question(
         principal=principal or a_principal(),
         message=message if isinstance(message, Message) else parse(message or a_call()),
         server=a_server(),
+        session_id=session,
         agent=Agent(session=session, client_name="planner", client_version="1"),
         time_ns=int(NOW_S * 1e9),
     )

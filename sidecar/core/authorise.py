@@ -4,8 +4,8 @@ Refuses on an engine's error, on an undefined result and on anything else but a 
 Permit (tests/architecture). The document that both engines see is versioned: its fields are the contract with authors.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sidecar.core.identity import Principal
@@ -32,6 +32,7 @@ class Question:
     server: Server
     agent: Agent
     time_ns: int
+    session_id: str | None = None  # the server's own, and proven to be the principal's; None in stateless MCP
     protocol_version: str | None = None
     trace_id: str | None = None
 
@@ -148,20 +149,4 @@ def visible(permit: Permit, targets: Sequence[Tool | Prompt | Resource], engines
     The arguments are empty: a rule that forbids some arguments must not hide the tool from those who call it without.
     """
     asked = permit.question
-    answers: list[bool] = []
-    for target in targets:
-        message = asked.message.about(target)
-        question = Question(
-            principal=asked.principal,
-            message=message,
-            server=asked.server,
-            agent=asked.agent,
-            time_ns=asked.time_ns,
-            protocol_version=asked.protocol_version,
-            trace_id=asked.trace_id,
-        )
-        answers.append(judge(question, engines).allowed)
-    return answers
-
-
-NO_ARGUMENTS: Mapping[str, Any] = {}
+    return [judge(replace(asked, message=asked.message.about(target)), engines).allowed for target in targets]

@@ -91,6 +91,6 @@ def _part(name: str, permit: Permit) -> str:
         case "workload":
             return str(question.principal.workload or "")
         case "session":
-            return question.agent.session or ""
+            return question.session_id or ""  # not the agent's label for it, which the caller makes up
         case _:
             return question.message.target.name if isinstance(question.message.target, Tool) else ""
