@@ -67,6 +67,8 @@ def measure(
     """Return the figures of *targets* under *requests* (files by the body's name). Raises BenchError."""
     deadline_s = time.monotonic() + LIMIT_S
     load_before = os.getloadavg()[0]
+    recorded = {each.name: _lines(each) for each in targets}
+    sent = dict.fromkeys(recorded, 0)
     idle_rss_bytes = {each.name: rss_bytes(each.pid) for each in targets}
     plan = [(each, body, CONNECTIONS) for each, body in itertools.product(targets, requests)]
     plan += [(each, body, 1) for each, body in itertools.product(targets, SINGLE_BODIES)]
@@ -76,8 +78,12 @@ def measure(
             if time.monotonic() > deadline_s:
                 raise BenchError(f"not done after {LIMIT_S:.0f} s: take fewer rounds")
             block = _Block(loader, each, requests[body], connections)
-            block.run(WARM_S)
-            block.run(seconds, figures[connections, each.name, body])
+            sent[each.name] += block.run(WARM_S)
+            sent[each.name] += block.run(seconds, figures[connections, each.name, body])
+    for each in targets:
+        if each.audit is not None and _lines(each) - recorded[each.name] != sent[each.name]:
+            found = _lines(each) - recorded[each.name]
+            raise BenchError(f"{each.name}: {found} audit records for {sent[each.name]} calls")
     return Measured(
         machine={
             "cores": os.cpu_count(),
@@ -99,6 +105,14 @@ def measure(
     )
 
 
+def _lines(target: Target) -> int:
+    """Return how many audit records *target* has written."""
+    if target.audit is None:
+        return 0
+    with target.audit.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     """One target under one request, for some time."""
@@ -108,8 +122,8 @@ class _Block:
     request: Path
     connections: int
 
-    def run(self, seconds: float, rounds: Rounds | None = None) -> None:
-        """Load the target, and put what came of it into *rounds*."""
+    def run(self, seconds: float, rounds: Rounds | None = None) -> int:
+        """Load the target, put what came of it into *rounds*, and return the number of requests."""
         before_ns = cpu_ns(self.target.pid)
         try:
             done = self.loader.block(
@@ -123,3 +137,4 @@ class _Block:
             rounds.requests_per_s.append(done.requests / done.seconds)
             rounds.p50_us.append(done.p50_us)
             rounds.p99_us.append(done.p99_us)
+        return done.requests

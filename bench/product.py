@@ -135,6 +135,7 @@ def sidecar(
     name = "sidecar" if keys is None else "sidecar mTLS"
     home = around.directory / name.replace(" ", "-")
     home.mkdir()
+    audit = home / "audit.jsonl"
     key = make_key()
     wanted = profile(around, upstream_port, mtls=keys is not None)
     content = asyncio.run(files(_policies(policies), wanted, Opa(path=_opa())))
@@ -153,13 +154,19 @@ def sidecar(
         control_plane_id=str(SERVER_ID),
         bundle_keys=key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode(),
         bundle_dir=str(home),
-        audit_sink=str(home / "audit.jsonl"),
+        audit_sink=str(audit),
         log_level=LogLevel.WARNING,
     )
     command = [sys.executable, "-m", "sidecar"]
     with running(command, log=home / "log", is_ready=lambda: _is_ready(health_port), env=settings.to_env()) as pid:
         yield Target(
-            name=name, pid=pid, port=port, version=f"Python {platform.python_version()}", enforces=True, keys=keys
+            name=name,
+            pid=pid,
+            port=port,
+            version=f"Python {platform.python_version()}",
+            enforces=True,
+            keys=keys,
+            audit=audit,
         )
 
 

@@ -46,6 +46,7 @@ class Target:
     version: str
     enforces: bool = False
     keys: Keys | None = None
+    audit: Path | None = None  # the file that gets a line for each call
 
 
 def _nginx_tree() -> Path:
