@@ -234,8 +234,8 @@ def test_a_minute_without_control_plane_and_agent_stops_nothing(governed: Govern
         governed.cluster.kubectl(*scale, "--replicas=1")
         outcome = calls.result()
 
+    assert outcome.get("failures") == [], outcome
     assert outcome["made"] > 100
-    assert outcome["failures"] == []
     governed.cluster.kubectl("--namespace", "sidegate-system", "rollout", "status", "deployment", "--timeout=120s")
 
 
@@ -245,7 +245,7 @@ def test_rotations_lose_no_call(governed: Governed) -> None:
     before = _svid_expiry(governed)
     outcome = governed.ask(RECORDS, READ, token=token, seconds=governed.spire.settings.svid_ttl_s)
 
-    assert outcome["failures"] == []
+    assert outcome.get("failures") == [], outcome
     assert outcome["made"] > 100
     assert _svid_expiry(governed) > before
     assert governed.ask(RECORDS, READ, token=token)["results"][0]["ok"]

@@ -2,13 +2,15 @@
 
 Takes one JSON object on standard input: {"url", "expected", "token", "session", "calls": [[tool, arguments], …], "seconds"}; prints one:
 {"tools": […], "results": [{"ok": true, "text": …} | {"ok": false, "code": …, "message": …}], "svids": […]} or {"error": …}.
-With "seconds" it repeats the calls for so long on one session, and prints how many there were and what failed.
+With "seconds" it repeats the calls for so long, on a new session every ten seconds, and prints how many there were and what failed.
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx2
@@ -20,6 +22,7 @@ from certs.spiffe import SpiffePattern
 from certs.tls import MutualClient
 from certs.workload import X509Source
 
+SESSION_S = 10.0
 SOCKET = "unix:/spiffe-workload-api/spire-agent.sock"
 
 
@@ -32,8 +35,9 @@ async def call(session: ClientSession, tool: str, arguments: dict[str, Any]) -> 
     return {"ok": not result.is_error, "text": "".join(getattr(part, "text", "") for part in result.content)}
 
 
-async def converse(task: dict[str, Any], verify: Any) -> dict[str, Any]:
-    """Open one session and make the calls."""
+@contextlib.asynccontextmanager
+async def opened(task: dict[str, Any], verify: Any) -> AsyncIterator[tuple[ClientSession, list[str]]]:
+    """Open a session; give it, and the names of the tools that it shows."""
     headers = {"sidegate-agent-session": task.get("session", "e2e-1")}
     if task.get("token"):
         headers["authorization"] = f"Bearer {task['token']}"
@@ -43,19 +47,28 @@ async def converse(task: dict[str, Any], verify: Any) -> dict[str, Any]:
         ClientSession(streams[0], streams[1]) as session,
     ):
         await session.initialize()
-        tools = sorted(tool.name for tool in (await session.list_tools()).tools)
-        if "seconds" not in task:
+        yield session, sorted(tool.name for tool in (await session.list_tools()).tools)
+
+
+async def converse(task: dict[str, Any], verify: Callable[[], Any]) -> dict[str, Any]:
+    """Make the calls on one session; for "seconds", again and again, each SESSION_S on a new session with the SVID of then."""
+    if "seconds" not in task:
+        async with opened(task, verify()) as (session, tools):
             return {"tools": tools, "results": [await call(session, *each) for each in task["calls"]]}
-        failures: list[dict[str, Any]] = []
-        made, until_s = 0, time.monotonic() + task["seconds"]
-        while time.monotonic() < until_s:
-            for each in task["calls"]:
-                made += 1
-                result = await call(session, *each)
-                if not result["ok"]:
-                    failures.append(result)
-            await asyncio.sleep(0.05)
-        return {"tools": tools, "made": made, "failures": failures}
+    failures: list[dict[str, Any]] = []
+    made, sessions, until_s = 0, 0, time.monotonic() + task["seconds"]
+    while time.monotonic() < until_s:
+        sessions += 1
+        session_until_s = time.monotonic() + SESSION_S
+        async with opened(task, verify()) as (session, _):
+            while time.monotonic() < session_until_s:
+                for each in task["calls"]:
+                    made += 1
+                    result = await call(session, *each)
+                    if not result["ok"]:
+                        failures.append(result)
+                await asyncio.sleep(0.05)
+    return {"made": made, "sessions": sessions, "failures": failures}
 
 
 async def main() -> None:
@@ -69,12 +82,12 @@ async def main() -> None:
     running = asyncio.get_running_loop().create_task(source.run())
     async with asyncio.timeout(60):
         await source.wait_ready()
-    outcome = await tried(task, client.context(SpiffePattern.parse(task["expected"])))
+    outcome = await tried(task, lambda: client.context(SpiffePattern.parse(task["expected"])))
     running.cancel()
     print(json.dumps(outcome))
 
 
-async def tried(task: dict[str, Any], verify: Any) -> dict[str, Any]:
+async def tried(task: dict[str, Any], verify: Callable[[], Any]) -> dict[str, Any]:
     """Return the outcome, or the error as the SDK's user would see it."""
     try:
         return await converse(task, verify)
