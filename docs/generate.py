@@ -14,7 +14,7 @@ from sidecar.core import profile
 from sidecar.core.message import NOTIFICATIONS, REQUESTS, Message, Shape
 from sidecar.core.replies import answer
 from sidecar.errors import Reason, Refusal
-from webhook.core import annotations
+from webhook.core import annotations, resources
 
 REFERENCE: Final = Path(__file__).parent / "reference"
 NOTE: Final = "<!-- Made by docs/generate.py from the code; edit the code. -->\n"
@@ -26,6 +26,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "control-plane-settings.md", _settings("Settings of the control plane", webhook.config)
     yield "annotations.md", _annotations()
     yield "profile.md", _profile()
+    yield "custom-resources.md", _resources()
     yield "refusals.md", _refusals()
     yield "methods.md", _methods()
 
@@ -62,14 +63,27 @@ def _annotations() -> str:
 
 
 def _profile() -> str:
-    parts = [NOTE, "# The profile of a workload\n\n`sidegate.json` in a bundle. Unknown fields are refused.\n"]
-    records = [each for each in vars(profile).values() if isinstance(each, type) and issubclass(each, msgspec.Struct)]
-    for record in records:
-        if record is profile.Record:
+    text = "`sidegate.json` in a bundle. Unknown fields are refused.\n"
+    return f"{NOTE}# The profile of a workload\n\n{text}{_records(profile)}"
+
+
+def _resources() -> str:
+    text = (
+        f"In `sidegate.dev/{resources.VERSION}`; each table is the `spec` of a kind, or a part of one.\n"
+        "A workload gets what is selected for its pod: a namespace can tighten what the cluster says, never widen it.\n"
+    )
+    return f"{NOTE}# Custom resources\n\n{text}{_records(resources)}"
+
+
+def _records(module: Any) -> str:
+    """Return a section for each record that *module* defines."""
+    parts = []
+    for record in vars(module).values():
+        is_record = isinstance(record, type) and issubclass(record, module.Record) and record is not module.Record
+        if not is_record:
             continue
-        info = msgspec.inspect.type_info(record)
         rows = []
-        for field in info.fields:
+        for field in msgspec.inspect.type_info(record).fields:
             required = field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
             default = "required" if required else f"`{msgspec.json.encode(_default(field)).decode()}`"
             rows.append((f"`{field.encode_name}`", _type_name(field.type), default))
