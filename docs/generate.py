@@ -98,7 +98,7 @@ def _default(field: Any) -> Any:
 def _type_name(kind: Any) -> str:
     match kind:
         case msgspec.inspect.LiteralType(values=values):
-            return " \\| ".join(f"`{value}`" for value in values)
+            return " | ".join(f"`{value}`" for value in values)
         case msgspec.inspect.VarTupleType(item_type=item) | msgspec.inspect.ListType(item_type=item):
             return f"list of {_type_name(item)}"
         case msgspec.inspect.UnionType(types=types):
@@ -110,7 +110,7 @@ def _type_name(kind: Any) -> str:
         case msgspec.inspect.IntType(ge=low, le=high):
             return "integer" + (f", {low} to {high}" if low is not None and high is not None else "")
         case _:
-            return type(kind).__name__.removesuffix("Type").lower().replace("str", "string")
+            return type(kind).__name__.removesuffix("Type").lower().replace("str", "string").replace("dict", "object")
 
 
 def _refusals() -> str:
