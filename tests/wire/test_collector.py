@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from sidecar.core.profile import Telemetry
 from sidecar.shell.tracing import Tracing
 from tests.fakes import eventually
 from tests.parts import part
 from tests.sidecar.exchanges import a_call, a_profile, a_refused_exchange, an_exchange
+
+pytestmark = pytest.mark.e2e  # the collector takes minutes to build
 
 START_S = 60.0  # on a machine that builds something at the same time
 _LISTENING = re.compile(rb'Starting HTTP server.*"endpoint": "([^"]+)"')
