@@ -481,6 +481,7 @@ class Turn:
             exchange.result_sha256 = seen.result_sha256
             exchange.error_code, exchange.tool_failed, exchange.hidden = seen.error_code, seen.tool_failed, seen.hidden
         self._serving.observe(exchange)
+        self._call = None  # it holds this turn: a circle would keep every message until the collector comes
 
     # the wire
 

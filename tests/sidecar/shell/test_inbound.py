@@ -1,6 +1,7 @@
 """sidecar.shell.inbound: one reading of each request, its answers in order, every exchange told once."""
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.shell import inbound
 from sidecar.shell.inbound import MAX_HEAD_BYTES, MAX_HEADERS, MAX_QUEUED, Inbound
+from sidecar.shell.upstream import Call
 from tests.builders import a_call, a_permit, a_snapshot
 from tests.fakes import (
     FakeObserver,
@@ -621,6 +623,23 @@ class ScriptedCall:
         """Nothing flows by itself."""
 
     resume = pause
+
+
+async def test_an_answered_call_is_freed_at_once() -> None:
+    """A circle would keep each message and its answer in memory until the garbage collector comes."""
+    serving = ScriptedServing()
+    protocol = Inbound(serving, "client")  # type: ignore[arg-type]
+    protocol.connection_made(Wire())  # type: ignore[arg-type]
+    protocol.data_received(post(CALL))
+    _, turn = serving.waiting.pop()
+    turn.forward(Call(turn, b""))
+    turn.begin(200, b"OK", [(b"content-type", b"application/json")])
+    turn.feed(a_result())
+    turn.complete()
+    answered = weakref.ref(turn)
+    del turn
+    assert answered() is None
+    assert len(serving.observer.exchanges) == 1
 
 
 KINDS = [
