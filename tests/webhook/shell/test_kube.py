@@ -78,12 +78,16 @@ async def test_conflicts_are_told_by_status() -> None:
 async def test_no_answer_is_an_error_without_status(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is silent, or not there, is told from one that refuses."""
     monkeypatch.setattr(kube_module, "CALL_TIMEOUT_S", 0.01)
-    silent = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+    writers: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: writers.append(writer), "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
     async with contextlib.aclosing(connection_to(port)) as kube:
         async with silent:
             with pytest.raises(KubeError, match=r"no answer within 0\.01 s") as mute:
                 await kube.get("/x")
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
         monkeypatch.undo()
         with pytest.raises(KubeError, match="Connect") as gone:
             await kube.get("/x")
