@@ -33,7 +33,7 @@ class Projection:
 
     def narrow(self, document: Mapping[str, Any]) -> Any:
         """Return *document* without what nobody reads; what is left is shared, not copied."""
-        return _narrow(document, self._tree)
+        return document if self._tree is None else _narrow(document, self._tree)
 
 
 def _grow(reads: tuple[str, ...]) -> Tree:
@@ -52,10 +52,14 @@ def _grow(reads: tuple[str, ...]) -> Tree:
     return root
 
 
-def _narrow(value: Any, tree: Tree) -> Any:
-    if tree is None or not isinstance(value, dict):
+def _narrow(value: Any, tree: dict[str, Any]) -> Any:
+    if not isinstance(value, dict):
         return value
-    return {name: _narrow(value[name], child) for name, child in tree.items() if name in value}
+    return {
+        name: value[name] if child is None else _narrow(value[name], child)
+        for name, child in tree.items()
+        if name in value
+    }
 
 
 def pointer(names: Iterable[str]) -> str:
