@@ -48,16 +48,15 @@ def admit(permit: Permit, limits: tuple[Limit, ...], buckets: Buckets, now_s: fl
     """
     applying = [limit for limit in limits if _applies(limit, permit)]
     filled = [(limit, _filled(limit, permit, buckets, now_s)) for limit in applying]
-    wait_s, slowest = max(
-        (((1 - bucket.tokens) / limit.rate_per_s, limit.name) for limit, bucket in filled), default=(0.0, "")
-    )
-    if wait_s > 0:
+    waits = [((1 - bucket.tokens) / limit.rate_per_s, limit.name) for limit, bucket in filled if bucket.tokens < 1]
+    if waits:
+        wait_s, slowest = max(waits)
         raise Refusal(
             Reason.THROTTLED, f"limit {slowest} is reached", detail=slowest, retry_after_s=max(1, math.ceil(wait_s))
         )
     for _, bucket in filled:
         bucket.tokens -= 1
-    return Admission(permit=permit, limits=tuple(limit.name for limit in applying))
+    return Admission(permit=permit, limits=tuple([limit.name for limit in applying]))
 
 
 def _applies(limit: Limit, permit: Permit) -> bool:
@@ -69,7 +68,7 @@ def _applies(limit: Limit, permit: Permit) -> bool:
 
 def _filled(limit: Limit, permit: Permit, buckets: Buckets, now_s: float) -> Bucket:
     """Return the limit's bucket for this permit, filled up to *now_s*."""
-    key = (limit.name, *(_part(name, permit) for name in limit.per))
+    key = (limit.name, *[_part(name, permit) for name in limit.per])
     bucket = buckets.held.pop(key, None)
     if bucket is None:
         bucket = Bucket(tokens=limit.burst, at_s=now_s)
