@@ -44,10 +44,10 @@ def redact(value: Any, names: tuple[str, ...]) -> Content:
     hidden, needles = _prepared(names)
     if len(data) > LARGE_BYTES and len(data.split(b'"', FEW_QUOTES)) <= FEW_QUOTES:
         return _visited(value, data, hidden)  # a few long strings: cheaper than reading them six times over
-    folded = data.translate(_LOWER, b"_-")
-    # Looking for the names as bytes costs 2 us for 4 KB, visiting every member 50. Only ASCII folds to the same bytes,
+    # Looking for the names in the JSON text costs 2 us for 4 KB, visiting every member 50. Only ASCII folds to the same bytes,
     # and an escape (in JSON inside a string) could spell a name in another way.
     if data.isascii() and b"\\u" not in data:
+        folded = data.translate(_LOWER, b"_-").decode("ascii")  # `in` costs half as much on text as on bytes
         for needle in needles:
             if needle in folded:
                 break
@@ -109,7 +109,7 @@ def _folded(name: str) -> str:
 
 
 @lru_cache(maxsize=8)  # a bundle has one list; the one before it may still be in use
-def _prepared(names: tuple[str, ...]) -> tuple[frozenset[str], tuple[bytes, ...]]:
+def _prepared(names: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
     """Return the folded names, and how each looks inside a JSON text."""
     folded = frozenset(filter(None, map(_folded, names)))
-    return folded, tuple(encode(name)[1:-1] for name in sorted(folded))
+    return folded, tuple(encode(name)[1:-1].decode() for name in sorted(folded))
