@@ -10,6 +10,7 @@ import logging
 import os
 import random
 from collections import deque
+from functools import lru_cache
 from typing import Any, Final
 
 import aiohttp
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 MAX_QUEUED: Final = 2048  # spans, as OpenTelemetry's batch processor
 MAX_QUEUED_BYTES: Final = 4 * 2**20  # content can make a span large
 MAX_VALUE_CHARS: Final = 2**20  # of an attribute: what `audit.max_bytes` allows at most
+SHORT_CHARS: Final = 256  # of an attribute that is kept for the next span: 1,024 of them are 1 MB at most
 MAX_BATCH: Final = 512  # spans, as OpenTelemetry's batch processor
 LINGER_S: Final = 1.0  # from a first span to its batch
 POST_S: Final = 10.0  # deadline of one POST, as OTEL_EXPORTER_OTLP_TIMEOUT
@@ -261,10 +263,17 @@ def _resource(profile: Profile) -> dict[str, str | None]:
 def _pairs(attributes: dict[str, str | None]) -> list[dict[str, Any]]:
     """Return OTLP's KeyValues; what is None is left out."""
     return [
-        {"key": key, "value": {"intValue" if key in _INTEGERS else "stringValue": value[:MAX_VALUE_CHARS]}}
+        _short_pair(key, value) if len(value) <= SHORT_CHARS else _pair(key, value)
         for key, value in attributes.items()
         if value is not None
     ]
+
+
+def _pair(key: str, value: str) -> dict[str, Any]:
+    return {"key": key, "value": {"intValue" if key in _INTEGERS else "stringValue": value[:MAX_VALUE_CHARS]}}
+
+
+_short_pair: Final = lru_cache(maxsize=1024)(_pair)  # most are the same in every call of a session; nobody changes them
 
 
 _INTEGERS: Final = frozenset({"client.port"})  # protobuf's JSON writes 64-bit integers as strings
