@@ -71,6 +71,7 @@ class Inbound(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._speaks_1_1 = False
         self._in_body = False
         self._body = bytearray()
 
@@ -184,13 +185,11 @@ class Inbound(asyncio.Protocol):
 
     # reading
 
-    @property
-    def _speaks_1_1(self) -> bool:
-        return bool(self._parser.get_http_version() == "1.1")
-
     def _check(self) -> None:
         """Refuse what llhttp lets through and servers could read differently."""
-        if self._parser.get_http_version() not in ("1.0", "1.1"):
+        version = self._parser.get_http_version()
+        self._speaks_1_1 = version == "1.1"
+        if version not in ("1.0", "1.1"):
             raise Refusal(Reason.MALFORMED, "the HTTP version must be 1.1 or 1.0")
         if not self._url.startswith(b"/") or b"#" in self._url:
             raise Refusal(Reason.MALFORMED, "the request target must be a path")
@@ -481,7 +480,10 @@ class Turn:
             exchange.result_sha256 = seen.result_sha256
             exchange.error_code, exchange.tool_failed, exchange.hidden = seen.error_code, seen.tool_failed, seen.hidden
         self._serving.observe(exchange)
-        self._call = None  # it holds this turn: a circle would keep every message until the collector comes
+        # Both hold this turn or its exchange: circles would keep every message until the collector comes.
+        self._call = None
+        if exchange.refusal is not None:
+            exchange.refusal.__traceback__ = None
 
     # the wire
 

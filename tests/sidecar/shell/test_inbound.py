@@ -625,7 +625,21 @@ class ScriptedCall:
     resume = pause
 
 
-async def test_an_answered_call_is_freed_at_once() -> None:
+def _answer(turn: Any) -> None:
+    turn.begin(200, b"OK", [(b"content-type", b"application/json")])
+    turn.feed(a_result())
+    turn.complete()
+
+
+def _refuse(turn: Any) -> None:
+    try:
+        raise Refusal(Reason.DENIED, "no")  # noqa: TRY301 - as the pipeline does
+    except Refusal as refusal:
+        turn.refuse(refusal)
+
+
+@pytest.mark.parametrize("end", [_answer, _refuse])
+async def test_a_call_is_freed_at_its_end(end: Callable[[Any], None]) -> None:
     """A circle would keep each message and its answer in memory until the garbage collector comes."""
     serving = ScriptedServing()
     protocol = Inbound(serving, "client")  # type: ignore[arg-type]
@@ -633,12 +647,10 @@ async def test_an_answered_call_is_freed_at_once() -> None:
     protocol.data_received(post(CALL))
     _, turn = serving.waiting.pop()
     turn.forward(Call(turn, b""))
-    turn.begin(200, b"OK", [(b"content-type", b"application/json")])
-    turn.feed(a_result())
-    turn.complete()
-    answered = weakref.ref(turn)
+    end(turn)
+    ended = weakref.ref(turn)
     del turn
-    assert answered() is None
+    assert ended() is None
     assert len(serving.observer.exchanges) == 1
 
 
