@@ -227,6 +227,7 @@ class Upstream:
     def __init__(self, host: str, spawn: Callable[..., object]) -> None:
         """Prepare for *host*; *spawn* starts a coroutine in the process's root TaskGroup."""
         self._host = host
+        self._authority = (f"[{host}]" if ":" in host else host).encode()
         self._spawn = spawn
         self._idle: deque[Line] = deque()  # the one used last at the right
         self._loop = asyncio.get_running_loop()
@@ -234,7 +235,7 @@ class Upstream:
     def send(self, admission: Admission, exchange: Exchange, sink: Sink, *, traceparent: bytes) -> Call:
         """Send the message that was admitted, byte for byte; *sink* receives the response."""
         server = admission.permit.question.server
-        call = Call(sink, _request(exchange, b"%b:%d" % (self._authority(), server.port), traceparent))
+        call = Call(sink, _request(exchange, b"%b:%d" % (self._authority, server.port), traceparent))
         line = self._take()
         if line is not None:
             line.carry(call)
@@ -242,15 +243,12 @@ class Upstream:
             self._spawn(self._connect(call, server.port))
         return call
 
-    def _authority(self) -> bytes:
-        return (f"[{self._host}]" if ":" in self._host else self._host).encode()
-
     def _take(self) -> Line | None:
         """Return the line that was used last and is still fresh."""
         fresh_since_s = self._loop.time() - IDLE_S
         while self._idle:
             line = self._idle.pop()
-            if line.is_open and line.idle_since_s >= fresh_since_s:
+            if line.is_open and line.idle_since_s > fresh_since_s:
                 return line
             line.abort()
         return None
