@@ -85,9 +85,9 @@ async def test_no_answer_is_an_error_without_status(monkeypatch: pytest.MonkeyPa
         async with silent:
             with pytest.raises(KubeError, match=r"no answer within 0\.01 s") as mute:
                 await kube.get("/x")
-        for writer in writers:
-            writer.close()
-            await writer.wait_closed()
+            for writer in writers:  # before the server: since Python 3.12 it waits for them
+                writer.close()
+                await writer.wait_closed()
         monkeypatch.undo()
         with pytest.raises(KubeError, match="Connect") as gone:
             await kube.get("/x")
