@@ -1,8 +1,9 @@
 """Makes the files of one bundle from policies and a profile, and works out what those policies can read.
 
-Refuses policies that no engine would load. Compiles no Rego itself: OPA does (webhook/shell/opa.py), with the built-in
-functions below, so that a rule which the sidecar could not run is refused where it is written. What a policy reads is
-proven on its syntax tree, where `input` (Rego) and `context` (Cedar) stand by name; `opa deps` misses values of `with`.
+Refuses policies that no engine would load. Compiles no Rego itself: OPA does
+(webhook/shell/opa.py), with the built-in functions below, so that a rule which the sidecar could not run is refused
+where it is written. What a policy reads is proven on its syntax tree, where `input` (Rego) and `context` (Cedar) stand
+by name; `opa deps` misses values of `with`.
 """
 
 import bisect
@@ -154,7 +155,10 @@ def _refs(node: Any) -> Iterator[list[Any]]:
     elif isinstance(node, dict):
         kind, value = node.get("type"), node.get("value")
         if kind == "ref" and isinstance(value, list):
-            yield value
+            if value[0].get("type") == "var":
+                yield value
+            else:  # a call, a literal or a comprehension, with references of its own: `split(input.a, "/")[0]`
+                yield from _refs(value[0])
             yield from _refs(value[1:])
         elif kind == "var":
             yield [node]

@@ -121,6 +121,11 @@ def ref(*terms: Any) -> dict[str, Any]:
     return {"type": "ref", "value": [{"type": "var", "value": terms[0]}, *value[1:]]}
 
 
+def headed(head: dict[str, Any], *terms: Any) -> dict[str, Any]:
+    """Return a reference into what *head*, no variable, stands for."""
+    return {"type": "ref", "value": [head, *ref("_", *terms)["value"][1:]]}
+
+
 def module(*nodes: Any, package: tuple[str, ...] = ("mcp", "authz"), rule: str = "allow") -> dict[str, Any]:
     """Return a module of one rule with *nodes* in its body."""
     return {
@@ -138,6 +143,9 @@ def module(*nodes: Any, package: tuple[str, ...] = ("mcp", "authz"), rule: str =
         (ref("data", "users", ref("input", "user", "id")), {"/user/id"}),
         ({"type": "var", "value": "input"}, {""}),
         (ref("input"), {""}),
+        (headed({"type": "call", "value": [ref("split"), ref("input", "a")]}, "x"), {"/a"}),
+        (headed({"type": "array", "value": [ref("input", "a")]}, ref("input", "b")), {"/a", "/b"}),
+        (headed(headed({"type": "set", "value": [ref("input", "a")]})), {"/a"}),
         (ref("data", "input", "x"), set()),
         ({"type": "string", "value": "input"}, set()),
     ],
@@ -150,6 +158,7 @@ def test_every_mention_of_the_input_is_read(node: Any, paths: set[str]) -> None:
 def test_impure_functions_are_mentions_too() -> None:
     """A call is a reference by the function's name."""
     assert not compiler.is_pure([module({"type": "call", "value": [ref("time", "now_ns")]})])
+    assert not compiler.is_pure([module(headed({"type": "call", "value": [ref("time", "now_ns")]}))])
     assert compiler.is_pure([module(ref("input", "time", "now_ns"), ref("time", "clock"))])
 
 

@@ -76,6 +76,7 @@ async def test_what_does_not_compile_is_refused(opa: Opa, text: str, place: tupl
 async def test_the_time_makes_policies_impure(opa: Opa) -> None:
     """Their verdicts are not remembered."""
     assert not (await opa.compile(rego(ALLOW + "allow if time.now_ns() > 1"))).is_pure
+    assert not (await opa.compile(rego(ALLOW + "allow if [time.now_ns()][0] > 1"))).is_pure
     assert (await opa.compile(rego(ALLOW + "allow if input.time.now_ns"))).is_pure
 
 
@@ -151,6 +152,54 @@ def test_projection_does_not_change_a_verdict(
     whole, narrow = both(a_question("x", arguments))
 
     assert whole == narrow
+
+
+A, B = "input.tool.args.a", "input.tool.args.b"
+SHAPES = {
+    "call": (f'f if split({A}, "/")[1] == "etc"', {"a": "/etc"}),
+    "call of a function": (f"g(x) := [x]\nf if g({A})[0] == 1", {"a": 1}),
+    "nested call": (f'f if split(split({A}, ":")[1], "/")[1] == "etc"', {"a": "x:/etc"}),
+    "call as an argument": (f'f if count(split({A}, "/")[1]) == 3', {"a": "/etc"}),
+    "array": (f"f if [{A}][0] == 1", {"a": 1}),
+    "array by a member": (f"f if [1, 2][{A}] == 2", {"a": 1}),
+    "array of arrays": (f"f if [[{A}]][0][0] == 1", {"a": 1}),
+    "object": (f'f if {{"d": {A}}}.d == 1', {"a": 1}),
+    "key of an object": (f"f if {{{A}: 1}}.x == 1", {"a": "x"}),
+    "set": (f"f if {{{A}}}[1]", {"a": 1}),
+    "list comprehension": (f"f if [x | x := {A}[_]][0] == 1", {"a": [1]}),
+    "set comprehension": (f"f if {{x | x := {A}[_]}}[1]", {"a": [1]}),
+    "object comprehension": (f"f if {{k: v | v := {A}[k]}}.c == 1", {"a": {"c": 1}}),
+    "call in a comprehension": (f'f if {{x | x := split({A}, "/")[_]}}.etc', {"a": "/etc"}),
+    "some in": (f'f if {{ some x in split({A}, "/"); [x][0] == "etc" }}', {"a": "/etc"}),
+    "some with a key": (f"f if {{ some k, v in [{A}][0]; k == v }}", {"a": {"c": "c"}}),
+    "every": (f"f if every x in [{A}, {B}] {{ [x, {B}][0] == 1 }}", {"a": 1, "b": 1}),
+    "with": (f"h if input.z == 1\nf if h with input.z as [{A}][0]", {"a": 1}),
+    "with of data": (f'h if data.z == 1\nf if h with data.z as {{"d": {A}}}.d', {"a": 1}),
+    "with of a function": (f"g(_) := 2\nh(_) := [{A}][0]\nk if g(1) == 1\nf if k with g as h", {"a": 1}),
+    "else": (f"h := 2 if {B} == 1 else := [{A}][0]\nf if h == 1", {"a": 1}),
+    "body of else": (f'h if {B} == 1 else if split({A}, "/")[1] == "etc"\nf if h', {"a": "/etc"}),
+    "value of a function": (f'g(x) := [x, {A}][1]\nf if g({B}) == "y"', {"a": "y", "b": 1}),
+    "value of a rule": (f"h := [{A}][0]\nf if h == 1", {"a": 1}),
+    "key of a rule": (f"h contains [{A}][0]\nf if h[1]", {"a": 1}),
+    "name of a rule": (f"h[[{A}][0]] := 1\nf if h.x == 1", {"a": "x"}),
+    "index": (f'f if data.mcp.authz.t[split({A}, "/")[1]]\nt := {{"etc": true}}', {"a": "/etc"}),
+    "negation": (f'f if not [{A}][0] == "harmless"', {"a": 1}),
+    "template": (f'f if $"{{[{A}][0]}}" == "1"', {"a": 1}),
+    "import": ("import input.tool.args as i\nf if [i.a][0] == 1", {"a": 1}),
+}
+
+
+@pytest.mark.parametrize(("rules", "forbidden"), SHAPES.values(), ids=SHAPES)
+async def test_no_shape_of_a_reference_hides_what_a_rule_reads(opa: Opa, rules: str, forbidden: dict[str, Any]) -> None:
+    """A rule that denies must not fall away because the projection left out what it looks at."""
+    compiled = await opa.compile(rego(f"package mcp.authz\n{rules}\ndefault allow := false\nallow if not f"))
+    wasm = compiled.wasm or b""
+    whole, narrow = RegoEngine(wasm), RegoEngine(wasm, projection=Projection(compiled.reads))
+
+    for arguments, is_allowed in ((forbidden, False), ({"a": "harmless", "b": 0}, True)):
+        question = a_question("x", {**arguments, "unread": 1})
+        assert whole.decide(question) == narrow.decide(question)
+        assert narrow.decide(question).allowed is is_allowed
 
 
 async def test_tests_are_run(opa: Opa) -> None:
