@@ -15,6 +15,7 @@ FORMAT: Literal[1] = 1
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=512)]
+Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -69,7 +70,7 @@ class Limit(Record, frozen=True, kw_only=True):
     """A token bucket for each combination of `per`."""
 
     name: str
-    rate_per_s: Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
+    rate_per_s: Rate
     burst: Annotated[int, msgspec.Meta(ge=1)]
     per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
     methods: tuple[str, ...] = ("tools/call",)

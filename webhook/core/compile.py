@@ -1,6 +1,6 @@
 """Makes the files of one bundle from policies and a profile, and works out what those policies can read.
 
-Refuses policies that no engine would load. Compiles no Rego itself: OPA does
+Refuses policies that no engine would load and a profile that no sidecar would. Compiles no Rego itself: OPA does
 (webhook/shell/opa.py), with the built-in functions below, so that a rule which the sidecar could not run is refused
 where it is written. What a policy reads is proven on its syntax tree, where `input` (Rego) and `context` (Cedar) stand
 by name; `opa deps` misses values of `with`.
@@ -20,6 +20,7 @@ from sidecar.core import profile as profiles
 from sidecar.core.builtins import IMPURE, PURE
 from sidecar.core.bundle import ALLOW, DATA, PROFILE, REASONS, SCHEMA, WASM
 from sidecar.core.projection import pointer
+from sidecar.errors import BundleError
 from webhook.errors import BadPolicy
 
 # What OPA 1.22 compiles into policy.wasm itself (its internal/compiler/wasm, builtinsFunctions), by families.
@@ -95,7 +96,10 @@ def capabilities(current: bytes) -> bytes:
 
 
 def files(policies: Policies, profile: profiles.Profile, compiled: Sequence[Compiled]) -> dict[str, bytes]:
-    """Return the files of the bundle, in order; the profile in it says what the engines may leave out."""
+    """Return the files of the bundle, in order; the profile in it says what the engines may leave out.
+
+    Raises BadPolicy for a profile that no sidecar would accept.
+    """
     parts = [each.reads for each in compiled]
     reads = None if any(part is None for part in parts) else frozenset().union(*(part for part in parts if part))
     is_pure = all(each.is_pure for each in compiled) and reads is not None and not _overlap(reads, VOLATILE)
@@ -113,6 +117,10 @@ def files(policies: Policies, profile: profiles.Profile, compiled: Sequence[Comp
         if each.wasm is not None:
             made[WASM] = each.wasm
     made[PROFILE] = profiles.encode(msgspec.structs.replace(profile, policies=announced))
+    try:
+        profiles.decode(made[PROFILE])  # made from values that nobody checked as a whole
+    except BundleError as error:
+        raise BadPolicy("bundle", str(error)) from error
     return dict(sorted(made.items()))
 
 

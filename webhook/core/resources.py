@@ -122,7 +122,7 @@ class LimitSpec(Record, frozen=True, kw_only=True):
     """`MCPLimit`: a token bucket for each combination of `per`."""
 
     selector: Selector
-    rate_per_second: Annotated[float, msgspec.Meta(gt=0)]
+    rate_per_second: profile.Rate
     burst: Annotated[int, msgspec.Meta(ge=1)]
     per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
     methods: tuple[Name, ...] = ("tools/call",)

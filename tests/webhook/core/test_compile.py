@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core.cedar import CedarEngine
-from sidecar.core.profile import Profile, Server, decode
+from sidecar.core.profile import Identity, Limit, Profile, Provider, Server, decode
 from sidecar.core.projection import Projection
 from tests.sidecar.questions import a_question, a_user
 from webhook.core import compile as compiler
@@ -78,6 +79,22 @@ def test_what_differs_from_call_to_call_is_not_remembered(compiled: Compiled) ->
 def test_a_member_whose_name_starts_alike_is_another() -> None:
     """Paths are compared by whole names."""
     assert announced(Compiled(reads=frozenset({"/request/timezone"}))).pure
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"limits": (Limit(name="l", rate_per_s=1e-7, burst=1),)}, r"bundle: .*>= 1e-06.*limits"),
+        ({"limits": (Limit(name="l", rate_per_s=float("inf"), burst=1),)}, "bundle: .*float.*rate_per_s"),
+        ({"providers": (Provider(name="p", issuer="http://", audiences=("a",)),)}, "bundle: .*issuer"),
+    ],
+)
+def test_a_profile_that_no_sidecar_accepts_is_not_published(changes: dict[str, Any], reason: str) -> None:
+    """It would be refused in every pod instead, after it had been signed."""
+    limits, identity = changes.get("limits", ()), Identity(providers=changes.get("providers", ()))
+
+    with pytest.raises(BadPolicy, match=reason):
+        files(Policies(), msgspec.structs.replace(PROFILE, limits=limits, identity=identity), [])
 
 
 def test_capabilities_hold_what_the_sidecar_can_run() -> None:

@@ -96,6 +96,7 @@ def test_selector_matches_as_kubernetes_does(selector: Any, labels: dict[str, st
         (resources.SERVER_PROFILE, {"selector": {}, "identity": {"mtls": "loose"}}, "mtls"),
         (resources.POLICY, {"selector": {}}, "one of cedar and rego"),
         (resources.LIMIT, {"selector": {}, "ratePerSecond": 0, "burst": 1}, "ratePerSecond"),
+        (resources.LIMIT, {"selector": {}, "ratePerSecond": 9e-7, "burst": 1}, "ratePerSecond"),
         (resources.IDENTITY_PROVIDER, {"issuer": "ftp://x"}, "issuer"),
         (resources.IDENTITY_PROVIDER, {"issuer": "https://x", "algorithms": ["HS256"]}, "algorithms"),
     ],
