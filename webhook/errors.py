@@ -16,8 +16,9 @@ class DenyCode(StrEnum):
     PROFILE_AMBIGUOUS = "profile_ambiguous"  # two profiles select the pod: which is stricter is not ours to guess
     PORT_UNKNOWN = "port_unknown"  # nothing says which port speaks MCP
     PORT_RESERVED = "port_reserved"
-    PORT_UNRESOLVED = "port_unresolved"  # a probe or hook names a port that its container does not have
+    PORT_UNRESOLVED = "port_unresolved"  # a probe names a port that its container does not have
     PROBE_UNSUPPORTED = "probe_unsupported"
+    HOOK_UNSUPPORTED = "hook_unsupported"
     ROLE_UNAVAILABLE = "role_unavailable"
     DECOY_CONTAINER = "decoy_container"  # a container of our name that is not what we would have made
     DECOY_VOLUME = "decoy_volume"

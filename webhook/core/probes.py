@@ -1,8 +1,9 @@
-"""Move the kubelet's probes and HTTP hooks of the application to the sidecar's health port, and back.
+"""Move the kubelet's probes of the application to the sidecar's health port, and back.
 
 Captured traffic needs an identity, which the kubelet has not; the health listener performs exactly the recorded probes
-and nothing else. Exec probes stay. Refuses a port name that the container does not declare (dropping the probe would
-hide the misspelling), gRPC probes, and a probe of the sidecar's own ports. Thresholds are not touched.
+and nothing else, for anyone who asks. So HTTP hooks, which act, are refused. Exec stays. Refuses too a port name that
+the container does not declare (dropping the probe would hide the misspelling), gRPC probes, and a probe of the
+sidecar's own ports. Thresholds are not touched.
 Source: Kubernetes API, Probe and Lifecycle.
 """
 
@@ -16,9 +17,7 @@ from webhook.errors import Denial, DenyCode
 
 RESERVED_PORTS: Final = frozenset({INBOUND_PORT, HEALTH_PORT, EGRESS_PORT})
 PROBES: Final = {"startup": "startupProbe", "liveness": "livenessProbe", "readiness": "readinessProbe"}
-HOOKS: Final = {"post-start": "postStart", "pre-stop": "preStop"}
-HOOK_TIMEOUT_S: Final = 30  # hooks have no timeout of their own; the default grace period of a pod
-PROBE_TIMEOUT_S: Final = 1  # the API's default
+TIMEOUT_S: Final = 1  # the API's default
 
 Originals = dict[str, dict[str, JSON]]
 """Container -> kind -> {httpGet | tcpSocket: as it was, port: number, timeout_s}."""
@@ -26,23 +25,14 @@ Originals = dict[str, dict[str, JSON]]
 
 def relocate(raw: JSON, container: Container) -> tuple[JSON, dict[str, JSON]]:
     """Return *raw* with its probes at the health port, and the originals by kind. Raises Denial."""
+    _refuse_http_hooks(raw, container)
     moved, originals = dict(raw), {}
     for kind, field in PROBES.items():
         probe = moved.get(field)
-        if probe is not None and (original := _original(probe, container, f"{field}", PROBE_TIMEOUT_S)):
+        if probe is not None and (original := _original(probe, container, field)):
             originals[kind] = original
             kept = {key: value for key, value in probe.items() if key not in ("httpGet", "tcpSocket")}
             moved[field] = kept | {"httpGet": _target(container.name, kind)}
-    lifecycle = moved.get("lifecycle") or {}
-    for kind, field in HOOKS.items():
-        hook = lifecycle.get(field)
-        # A tcpSocket hook is never executed (API reference), so only httpGet is of interest.
-        if isinstance(hook, dict) and "httpGet" in hook:
-            original = _original(hook, container, f"lifecycle.{field}", HOOK_TIMEOUT_S)
-            if original:
-                originals[kind] = original
-                lifecycle = lifecycle | {field: hook | {"httpGet": _target(container.name, kind)}}
-                moved["lifecycle"] = lifecycle
     return moved, originals
 
 
@@ -53,11 +43,6 @@ def put_back(raw: JSON, originals: Mapping[str, JSON]) -> JSON:
         if kind in originals and _is_ours(restored.get(field), name, kind):
             rest = {key: value for key, value in restored[field].items() if key != "httpGet"}
             restored[field] = rest | _handler(originals[kind])
-    lifecycle = restored.get("lifecycle")
-    for kind, field in HOOKS.items():
-        if kind in originals and isinstance(lifecycle, dict) and _is_ours(lifecycle.get(field), name, kind):
-            lifecycle = lifecycle | {field: _handler(originals[kind])}
-            restored["lifecycle"] = lifecycle
     return restored
 
 
@@ -80,7 +65,22 @@ def decode(text: str) -> Originals:
     return originals
 
 
-def _original(probe: Any, container: Container, field: str, timeout_s: int) -> JSON:
+def _refuse_http_hooks(raw: JSON, container: Container) -> None:
+    lifecycle = raw.get("lifecycle") or {}
+    for field in ("postStart", "preStop"):
+        hook = lifecycle.get(field)
+        # A tcpSocket hook is never executed (API reference), so only httpGet is of interest.
+        handler = hook.get("httpGet") if isinstance(hook, dict) else None
+        elsewhere = isinstance(handler, dict) and handler.get("host")  # another machine's port: no capture in between
+        if handler is not None and not elsewhere:
+            raise Denial(
+                DenyCode.HOOK_UNSUPPORTED,
+                f"container {container.name}: lifecycle.{field}.httpGet: the kubelet has no identity to call it with; "
+                "use exec",
+            )
+
+
+def _original(probe: Any, container: Container, field: str) -> JSON:
     """Return the record of *probe*; {} when the kubelet can go on performing it. Raises Denial."""
     where = f"container {container.name}: {field}"
     if not isinstance(probe, dict):
@@ -98,8 +98,8 @@ def _original(probe: Any, container: Container, field: str, timeout_s: int) -> J
         if handler.get("host"):  # another machine's port: no capture in between
             return {}
         port = _resolve(handler.get("port"), container, f"{where}.{kind}.port")
-        timeout = probe.get("timeoutSeconds", timeout_s)
-        return {kind: handler, "port": port, "timeout_s": timeout if isinstance(timeout, int) else timeout_s}
+        timeout = probe.get("timeoutSeconds", TIMEOUT_S)
+        return {kind: handler, "port": port, "timeout_s": timeout if isinstance(timeout, int) else TIMEOUT_S}
     return {}
 
 
