@@ -15,7 +15,7 @@ from sidecar.errors import ConfigError
 INBOUND_PORT: Final = 15443
 HEALTH_PORT: Final = 15020
 EGRESS_PORT: Final = 15001
-USER_ID: Final = 15100  # refused for application containers; what the redirect rules exempt
+USER_ID: Final = 15100  # refused for application containers: they could read the sidecar's memory and files
 PREFIX: Final = "SIDEGATE_"
 # Kubernetes' own variables for a Service whose name begins with `sidegate`: a tenant's Service must not stop a pod.
 _SERVICE_LINK: Final = re.compile(r"SIDEGATE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")

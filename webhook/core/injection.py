@@ -282,7 +282,7 @@ def _refuse_unenforceable(bare: Pod) -> None:
             # A pod-level user does no harm when every container sets its own.
             _runs_as_sidecar(spec.security_context) and not all(_has_own_user(each) for each in bare.containers),
             DenyCode.UNENFORCEABLE_USER,
-            f"securityContext.runAsUser {USER_ID}: it is the sidecar's, whose traffic is not captured; use another",
+            f"securityContext.runAsUser {USER_ID}: it is the sidecar's, whose memory and files it could read; use another",
         ),
     ):
         if found:
@@ -305,7 +305,8 @@ def _refuse_unenforceable_container(each: Container) -> None:
         )
     if _runs_as_sidecar(security):
         raise Denial(
-            DenyCode.UNENFORCEABLE_USER, f"container {each.name}: runAsUser {USER_ID} is the sidecar's; use another"
+            DenyCode.UNENFORCEABLE_USER,
+            f"container {each.name}: runAsUser {USER_ID} is the sidecar's, whose memory and files it could read; use another",
         )
     added = {name.upper().removeprefix("CAP_") for name in (security.capabilities and security.capabilities.add) or ()}
     if dangerous := sorted(added & _CAPABILITIES):
