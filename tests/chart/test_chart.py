@@ -213,16 +213,16 @@ def test_a_namespace_is_governed_by_exactly_what_its_labels_say(values: Path) ->
     }
     assert set(selectors) == {f"/mutate/{policy}" for policy in injection.NamespacePolicy}
 
-    expected = {"enabled": {"optional"}, "enforced": {"enforced"}}
-    for label, glass in itertools.product((None, "enabled", "enforced", "disabled"), (None, "allowed", "no")):
-        labels = {"kubernetes.io/metadata.name": "team"}
+    systems: tuple[dict[str, str], ...] = ({}, *({key: value} for key, value in injection.SYSTEM_LABELS))
+    for label, glass, system in itertools.product(
+        (None, "enabled", "enforced", "disabled"), (None, "allowed", "no"), systems
+    ):
+        labels = {"kubernetes.io/metadata.name": "team"} | system
         labels |= {injection.INJECTION_LABEL: label} if label else {}
         labels |= {injection.BREAK_GLASS_LABEL: glass} if glass else {}
         matching = {path.removeprefix("/mutate/") for path, selector in selectors.items() if selector.matches(labels)}
 
-        assert matching == (
-            {"break-glass"} if (label, glass) == ("enforced", "allowed") else expected.get(label or "", set())
-        )
+        assert matching == {injection.policy_of(labels)} - {None}
 
 
 @by_values
@@ -231,8 +231,6 @@ def test_a_namespace_is_governed_by_exactly_what_its_labels_say(values: Path) ->
     [
         {"kubernetes.io/metadata.name": "kube-system"},
         {"kubernetes.io/metadata.name": NAMESPACE},
-        {"kubernetes.io/metadata.name": "team", "control-plane": "true"},
-        {"kubernetes.io/metadata.name": "team", "kubernetes.azure.com/managedby": "aks"},
     ],
     ids=lambda labels: "-".join(labels.values()),
 )

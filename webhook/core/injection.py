@@ -23,6 +23,7 @@ from webhook.errors import Denial, DenyCode
 
 INJECTION_LABEL: Final = f"{GROUP}/injection"  # on a namespace
 BREAK_GLASS_LABEL: Final = f"{GROUP}/break-glass"  # on a namespace; whoever may set it may let pods out
+SYSTEM_LABELS: Final = (("control-plane", "true"), ("kubernetes.azure.com/managedby", "aks"))  # of a vendor's namespace
 SERVER_LABEL: Final = f"{GROUP}/server"  # on a pod
 AGENT_LABEL: Final = f"{GROUP}/agent"
 _MIRROR: Final = "kubernetes.io/config.mirror"
@@ -80,10 +81,14 @@ Decision = Inject | Skip | Deny
 
 
 def policy_of(labels: Mapping[str, str]) -> NamespacePolicy | None:
-    """Return what a namespace with *labels* wants; None: nothing. The webhook's selectors in the chart say the same."""
+    """Return what a namespace with *labels* wants; None: nothing. The webhook's selectors in the chart say the same.
+
+    A vendor's own namespaces stay out where injection is a choice; who enforces it means every pod. Excluded names are
+    the template's, and go before either.
+    """
     match labels.get(INJECTION_LABEL):
         case "enabled":
-            return NamespacePolicy.OPTIONAL
+            return None if set(SYSTEM_LABELS) & labels.items() else NamespacePolicy.OPTIONAL
         case "enforced":
             return (
                 NamespacePolicy.BREAK_GLASS if labels.get(BREAK_GLASS_LABEL) == "allowed" else NamespacePolicy.ENFORCED
