@@ -1,8 +1,9 @@
 """Decide about one pod: patch it, let it be, or refuse it.
 
 First hit wins, in the order of `decide`. What cannot be enforced is refused, never skipped: for a control, a skip is a
-way round. "Already injected" is never believed: the pod is taken apart and rendered again, and either equals our work,
-becomes our work, or is a decoy. The same function serves the webhook and the offline renderer; it makes no call.
+way round, and what is skipped must not look like our work. "Already injected" is never believed: the pod is taken apart
+and rendered again, and either equals our work, becomes our work, or is a decoy. The same function serves the webhook
+and the offline renderer; it makes no call.
 """
 
 import json
@@ -29,6 +30,7 @@ AGENT_LABEL: Final = f"{GROUP}/agent"
 _MIRROR: Final = "kubernetes.io/config.mirror"
 # With these a container can leave netfilter, the pod's namespaces or the sidecar's memory behind.
 _CAPABILITIES: Final = frozenset({"ALL", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "BPF"})
+_HINT: Final = "remove it and let it be injected; backups should leave pods to their Deployment"
 _STRENGTH: Final = {Capture.REMAP: 0, Capture.REDIRECT: 1}
 
 
@@ -133,10 +135,10 @@ def _decide(
     warnings = []
     if wanted is False:
         if policy is not NamespacePolicy.ENFORCED:
-            return Skip(reason=SkipReason.OPT_OUT)
+            return _left_alone(seen, SkipReason.OPT_OUT)
         warnings.append(f"{SERVER_LABEL}=false has no effect: namespace {namespace} enforces injection")
     if policy is NamespacePolicy.OPTIONAL and wanted is None and profile is None:
-        return Skip(reason=SkipReason.NOT_SELECTED)
+        return _left_alone(seen, SkipReason.NOT_SELECTED)
     injection, plan, bare = _plan(raw, seen, profile, template, warnings)
     _refuse_decoys(seen, raw, injection)
     mutated = patch.mutate(bare, injection)
@@ -147,6 +149,23 @@ def _decide(
         hash=template.hash,
         warnings=tuple(warnings),
     )
+
+
+def _left_alone(seen: Pod, reason: SkipReason) -> Skip:
+    """Return the skip of *seen*; raises Denial for anything of ours in it: nobody would render it again and compare.
+
+    The SPIRE server gives the sidecar's identity to whatever has our label and container name. Without them a SPIFFE
+    volume brings no identity of ours, so it is the pod's own affair.
+    """
+    for each in seen.containers:
+        if each.name in container.CONTAINERS:
+            raise Denial(DenyCode.DECOY_CONTAINER, f"container {each.name}: this pod is not injected; {_HINT}")
+    for volume in seen.spec.volumes or ():
+        if volume.name in container.VOLUMES:
+            raise Denial(DenyCode.DECOY_VOLUME, f"volume {volume.name}: this pod is not injected; {_HINT}")
+    if annotations.INJECTED in seen.labels:
+        raise Denial(DenyCode.LABEL_INVALID, f"label {annotations.INJECTED}: this pod is not injected; remove it")
+    return Skip(reason=reason)
 
 
 def _plan(
@@ -243,7 +262,6 @@ def _refuse_ours_in(each: Container) -> None:
 def _refuse_decoys(seen: Pod, raw: JSON, injection: patch.Injection) -> None:
     """Refuse parts of our names that we would not have made; what follows from the rest of the pod is rendered anew."""
     injected = any(each.name in container.CONTAINERS for each in seen.spec.init_containers or ())
-    hint = "remove it and let it be injected; backups should leave pods to their Deployment"
     for field, code, expected, names in (
         ("initContainers", DenyCode.DECOY_CONTAINER, injection.init_containers, container.CONTAINERS),
         ("volumes", DenyCode.DECOY_VOLUME, injection.volumes, container.VOLUMES),
@@ -254,7 +272,7 @@ def _refuse_decoys(seen: Pod, raw: JSON, injection: patch.Injection) -> None:
                 continue
             ours = left.pop(part["name"], None)
             if not injected or ours is None or _fixed(part) != _fixed(ours):
-                raise Denial(code, f"{field}: {part['name']} is not what the injector makes; {hint}")
+                raise Denial(code, f"{field}: {part['name']} is not what the injector makes; {_HINT}")
 
 
 def _fixed(part: JSON) -> JSON:

@@ -79,8 +79,8 @@ def test_our_own_output_needs_no_patch(case: Case) -> None:
 
 @pytest.mark.parametrize("case", INJECTED.values(), ids=INJECTED.keys())
 def test_application_containers_keep_all_but_probes_and_moved_port(case: Case) -> None:
-    """Nothing of the application's containers changes but probes, hooks and the name of the moved port."""
-    ours = {"startupProbe", "livenessProbe", "readinessProbe", "lifecycle", "ports"}
+    """Nothing of the application's containers changes but probes and the name of the moved port."""
+    ours = {"startupProbe", "livenessProbe", "readinessProbe", "ports"}
     decision = case.decide(case.pod)
     assert isinstance(decision, Inject)
     for field in ("containers", "initContainers"):
@@ -195,6 +195,36 @@ def test_removed_probe_of_an_injected_pod_stays_removed() -> None:
     assert injected(pod) == injected(a_pod())
 
 
+@pytest.mark.parametrize(
+    ("labels", "policy"),
+    [({}, NamespacePolicy.OPTIONAL), ({"sidegate.dev/server": "false"}, NamespacePolicy.BREAK_GLASS)],
+)
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        ({"containers": [{"name": "sidegate"}]}, DenyCode.DECOY_CONTAINER),
+        ({"initContainers": [{"name": "sidegate-net"}]}, DenyCode.DECOY_CONTAINER),
+        ({"volumes": [{"name": container.SPIFFE_VOLUME, "emptyDir": {}}]}, DenyCode.DECOY_VOLUME),
+    ],
+)
+def test_pod_left_alone_may_not_look_like_our_work(
+    labels: Any, policy: NamespacePolicy, part: Any, code: DenyCode
+) -> None:
+    """Whatever a pod is skipped for, it holds no container and no volume of our name."""
+    pod = a_pod(**part)
+    pod["metadata"]["labels"] = labels
+
+    assert deny_code(decide(pod, namespace="n", policy=policy, profiles={}, template=TEMPLATE)) is code
+
+
+def test_injected_pod_that_is_no_longer_selected_is_refused() -> None:
+    """Our own work, brought back without the label or profile that asked for it, would never be looked at again."""
+    pod = injected(a_pod())
+    del pod["metadata"]["labels"]["sidegate.dev/server"]
+
+    assert deny_code(decided(pod)) is DenyCode.DECOY_CONTAINER
+
+
 def test_mirror_pod_is_left_alone() -> None:
     """The kubelet's static pods appear in the API only as a mirror."""
     pod = a_pod()
@@ -212,6 +242,10 @@ def test_mirror_pod_is_left_alone() -> None:
         ({"sidegate.dev/injection": "enforced"}, NamespacePolicy.ENFORCED),
         ({"sidegate.dev/injection": "enforced", "sidegate.dev/break-glass": "allowed"}, NamespacePolicy.BREAK_GLASS),
         ({"sidegate.dev/injection": "enabled", "sidegate.dev/break-glass": "allowed"}, NamespacePolicy.OPTIONAL),
+        ({"sidegate.dev/injection": "enabled", "control-plane": "true"}, None),
+        ({"sidegate.dev/injection": "enabled", "control-plane": "controller-manager"}, NamespacePolicy.OPTIONAL),
+        ({"sidegate.dev/injection": "enforced", "control-plane": "true"}, NamespacePolicy.ENFORCED),
+        ({"sidegate.dev/injection": "enforced", "kubernetes.azure.com/managedby": "aks"}, NamespacePolicy.ENFORCED),
     ],
 )
 def test_namespace_labels_mean(labels: dict[str, str], policy: NamespacePolicy | None) -> None:
