@@ -4,6 +4,7 @@ Each stage returns the next type or raises Refusal. One immutable Snapshot serve
 messages like any other, so there is no way around the stages. The way back is sidecar/core/answer.py.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -20,6 +21,8 @@ from sidecar.exchange import Exchange
 
 SESSION: Final = b"mcp-session-id"
 AGENT_SESSION: Final = b"sidegate-agent-session"
+# With another charset some servers (body-parser) would decode other text from the bytes than the one that was judged.
+_JSON: Final = re.compile(r'application/json[ \t]*(;[ \t]*charset=("utf-8"|utf-8)[ \t]*)?', re.IGNORECASE | re.ASCII)
 MAX_LABEL_CHARS: Final = 256  # of what a caller says of itself; it ends in audit records and spans
 
 
@@ -90,9 +93,13 @@ def check_endpoint(connection: Connection, snapshot: Snapshot) -> None:
     if connection.method not in ("POST", "GET", "DELETE"):
         raise Refusal(Reason.METHOD_NOT_ALLOWED, "MCP uses POST, GET and DELETE", detail=connection.method)
     if connection.method == "POST":
-        kind = (connection.header(b"content-type") or "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refusal(Reason.UNSUPPORTED_MEDIA, "Content-Type must be application/json", detail=kind[:80])
+        kind = connection.header(b"content-type") or ""
+        if not _JSON.fullmatch(kind):
+            raise Refusal(
+                Reason.UNSUPPORTED_MEDIA,
+                "Content-Type must be application/json, in UTF-8",
+                detail=kind[:MAX_LABEL_CHARS],
+            )
         if connection.header(b"content-encoding") not in (None, "identity"):
             # Some servers inflate and execute what we would have judged deflated.
             raise Refusal(Reason.UNSUPPORTED_MEDIA, "an encoded body is not accepted")

@@ -133,6 +133,7 @@ def _reference(params: Mapping[str, Any]) -> Target:
     """Completion leaks the values of a prompt's or a template's arguments, so it needs the same right as using it."""
     reference = params.get("ref")
     if isinstance(reference, dict):
+        _refuse_lookalikes(reference, PARAMS)
         match reference.get("type"):
             case "ref/prompt":
                 return Prompt(name=_text(reference, "name"), arguments={})
@@ -176,6 +177,17 @@ NOTIFICATIONS: Final = frozenset(
 )
 
 
+ENVELOPE: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
+PARAMS: Final = frozenset({"name", "arguments", "uri", "ref", "type", "_meta"})  # those that something is judged by
+
+
+def _refuse_lookalikes(members: Mapping[str, Any], names: frozenset[str]) -> None:
+    """Refuse a member that a reader without regard to case takes for one of *names*: Go's encoding/json, CVE-2026-27896."""
+    for member in members:
+        if member not in names and member.casefold() in names:
+            raise malformed("a member's name differs from the protocol's only in case")
+
+
 def malformed(what: str) -> Refusal:
     """Return the refusal of a message that is not well formed in *what*."""
     return Refusal(Reason.MALFORMED, what)
@@ -188,6 +200,7 @@ def parse(body: bytes) -> Message:
         raise malformed("a batch is not accepted here: send one message per request")
     if not isinstance(document, dict):
         raise malformed("a JSON-RPC message is an object")
+    _refuse_lookalikes(document, ENVELOPE)
     if document.get("jsonrpc") != "2.0":
         raise malformed('jsonrpc must be "2.0"')
     answers = "result" in document or "error" in document
@@ -208,6 +221,7 @@ def _call(document: Mapping[str, Any], body: bytes) -> Message:
         raise malformed("method must be a string")
     if not isinstance(params, dict):
         raise malformed("params must be an object")
+    _refuse_lookalikes(params, PARAMS)
     if "id" not in document:
         if method not in NOTIFICATIONS:
             raise Refusal(Reason.UNKNOWN_METHOD, "this notification is not known here", detail=method[:MAX_ID_CHARS])

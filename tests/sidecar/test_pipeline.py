@@ -139,6 +139,23 @@ def test_a_configured_host_is_the_only_one() -> None:
     assert isinstance(judged(a_connection(a_call()), a_snapshot(allowing(), hosts=["billing.test"]))[1], Admission)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        b"application/json; charset=utf-7",  # body-parser decodes it: "+ACI-" becomes a quotation mark
+        b"application/json; charset=shift_jis",
+        b"application/json; charset=utf-8; charset=utf-7",
+        b"application/json; boundary=x",
+        b"application/json, application/json",
+    ],
+)
+def test_another_charset_is_refused(kind: bytes) -> None:
+    """A server that honours it would read another text than the one that was judged."""
+    connection = replace(a_connection(a_call()), headers=[(b"host", b"x"), (b"content-type", kind)])
+
+    assert refused(connection).reason is Reason.UNSUPPORTED_MEDIA
+
+
 def test_a_content_type_with_parameters_is_json() -> None:
     """As clients write it."""
     headers = [

@@ -126,7 +126,24 @@ def test_accepted_bytes_mean_the_same_to_three_readers(document: Any, indent: in
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":"ping","error":{}}', "both", id="request and error"),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}', "both", id="result and error"),
         pytest.param(b'{"jsonrpc":"2.0","id":1}', "has a method", id="neither"),
-        pytest.param(b'{"jsonrpc":"2.0","id":1,"Method":"ping"}', "has a method", id="method in another case"),
+        pytest.param(b'{"jsonrpc":"2.0","id":1}', "has a method", id="neither method nor result"),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","Method":"tools/call"}',
+            "only in case",
+            id="method in another case",
+        ),
+        pytest.param(a_request("tools/call", {"name": "a", "Name": "b"}), "only in case", id="name in another case"),
+        pytest.param(
+            a_request("tools/call", {"name": "a", "argument\u017f": {}}), "only in case", id="a letter that folds to s"
+        ),
+        pytest.param(
+            a_request("completion/complete", {"ref": {"type": "ref/prompt", "name": "a", "NAME": "b"}}),
+            "only in case",
+            id="reference in another case",
+        ),
+        pytest.param(
+            b'{"jsonrpc":"2.0","id":1,"result":{},"Method":"ping"}', "only in case", id="answer with a method"
+        ),
         pytest.param(b'{"jsonrpc":"2.0","id":1,"method":7}', "method must be a string", id="method is a number"),
         pytest.param(
             b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', "params must be", id="params by position"
