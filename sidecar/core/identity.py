@@ -96,11 +96,16 @@ def authenticate(connection: Connection, trusted: Trust, now_s: float) -> Princi
     return Principal(workload=workload, user=user, expires_at_s=min(expires_at_s, user.expires_at_s))
 
 
+def svid_required() -> Refusal:
+    """Return the refusal of a caller that showed no SVID where one is demanded."""
+    return Refusal(Reason.UNAUTHENTICATED, "mutual TLS with a SPIFFE identity is required", detail="no SVID")
+
+
 def _workload(connection: Connection, trusted: Trust, now_s: float) -> tuple[SpiffeId | None, float]:
     peer = connection.peer
     if peer is None:
         if trusted.identity.mtls == "strict":
-            raise Refusal(Reason.UNAUTHENTICATED, "mutual TLS with a SPIFFE identity is required", detail="no SVID")
+            raise svid_required()
         return None, float("inf")
     expires_at_s = peer.not_after.timestamp()
     if expires_at_s <= now_s:  # a keep-alive connection outlives the certificate that opened it

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 REDACTED: Final = "[redacted]"
+TOO_DEEP: Final = b'"[nested too deeply]"'
 LARGE_BYTES: Final = 1024
 FEW_QUOTES: Final = 64  # of 32 names and strings
 MAX_DEPTH: Final = 64  # as sidecar/core/message.py; what JSON inside strings nests deeper is hidden whole
@@ -67,7 +68,11 @@ def encode(value: Any) -> bytes:
         return orjson.dumps(value)
     except TypeError:
         # In JSON text a surrogate can only stand in a string, where Python's escape for it is JSON's as well.
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+        try:
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        except RecursionError:  # a server's answer may be nested deeper than anything that a caller may send
+            return TOO_DEEP
+        return text.encode(errors="backslashreplace")
 
 
 def _hide(value: Any, hidden: frozenset[str], depth: int) -> Any:

@@ -69,6 +69,11 @@ class Serving:
         """Return the cap of a request's body."""
         return DEFAULT_MAX_BODY_BYTES if self.snapshot is None else self.snapshot.profile.server.max_body_bytes
 
+    @property
+    def demands_svid(self) -> bool:
+        """Say whether a caller without SVID is refused whatever it asks."""
+        return self.snapshot is not None and self.snapshot.profile.identity.mtls == "strict"
+
     def begin(self, connection: Connection) -> Exchange:
         """Return the record of a request that has just come."""
         self.in_flight += 1
@@ -136,4 +141,8 @@ class Serving:
         """Tell every observer; one exchange, once."""
         self.in_flight -= 1
         for observer in self._observers:
-            observer.observe(exchange)
+            try:
+                observer.observe(exchange)
+            except Exception:
+                # The last resort of observing: the client's answer must not hang on a defect of ours.
+                log.exception("observing failed")
