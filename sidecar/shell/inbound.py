@@ -18,6 +18,7 @@ from certs.tls import peer_of
 from certs.verify import Peer
 from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Connection, Headers, returned_headers
+from sidecar.core.identity import svid_required
 from sidecar.core.replies import Response, answer
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
@@ -71,6 +72,7 @@ class Inbound(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._unseen_bytes = 0  # that came since the request began, or since a piece of its body
         self._speaks_1_1 = False
         self._in_body = False
         self._body = bytearray()
@@ -90,6 +92,7 @@ class Inbound(asyncio.Protocol):
         if self._is_deaf:
             return
         after_upgrade: bytes | None = None
+        self._unseen_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -98,7 +101,10 @@ class Inbound(asyncio.Protocol):
             cause = error.__context__  # what a callback raised
             malformed = Refusal(Reason.MALFORMED, "the HTTP request is malformed", detail=str(cause or error))
             self._reject(cause if isinstance(cause, Refusal) else malformed)
-        if after_upgrade is not None:
+        if self._unseen_bytes > 2 * MAX_HEAD_BYTES:
+            # The parser keeps a field to itself until it ends; twice, because only names and values count as the head.
+            self._reject(Refusal(Reason.TOO_LARGE, f"the request's head is larger than {MAX_HEAD_BYTES} bytes"))
+        if after_upgrade is not None and not self._is_deaf:
             self._go_on_without_upgrade(after_upgrade)
         elif self._queue:
             self._next()
@@ -168,6 +174,7 @@ class Inbound(asyncio.Protocol):
 
     def on_body(self, piece: bytes) -> None:
         """Take a piece of the body."""
+        self._unseen_bytes = 0
         self._body += piece
         self._limit_body(len(self._body))
 
@@ -197,6 +204,8 @@ class Inbound(asyncio.Protocol):
         hosts = names.count(b"host")
         if hosts > 1 or (hosts == 0 and self._speaks_1_1):
             raise Refusal(Reason.MALFORMED, "Host must be given once")
+        if self._peer is None and self._serving.demands_svid:
+            raise svid_required()  # before the body: nobody in particular must not fill our memory
         if b"transfer-encoding" in names:
             codings = [value.lower() for name, value in self._headers if name == b"transfer-encoding"]
             if codings != [b"chunked"] or not self._speaks_1_1:
@@ -392,7 +401,8 @@ class Turn:
         self._exchange.refusal = refusal
         response: Response = answer(refusal, self._exchange.message)
         self._status, self._reason, self._headers = response.status, b"", response.headers
-        self._is_last = self._is_last or response.status in (400, 413)
+        nobody = self._request.connection.peer is None and response.status in (401, 403)  # must not hold a place
+        self._is_last = self._is_last or nobody or response.status in (400, 413)
         self._end(b"" if self._request.connection.method == "HEAD" else response.body)
 
     # Sink

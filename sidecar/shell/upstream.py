@@ -83,6 +83,7 @@ class Line(asyncio.Protocol):
     def _reset(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._unseen_bytes = 0  # that came since the response began, or since a piece of its body
         self._reason = b""
         self._begun = False  # the final head has come
         self._whole = False
@@ -101,6 +102,7 @@ class Line(asyncio.Protocol):
         if self._call is None or self._parser is None:
             self.abort()  # a server that speaks unasked cannot be understood
             return
+        self._unseen_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -110,6 +112,8 @@ class Line(asyncio.Protocol):
             self._reusable = False  # what follows a whole response was not asked for
         if self._whole:
             self._finish()
+        elif self._unseen_bytes > 2 * MAX_HEAD_BYTES:  # the parser keeps a field to itself until it ends
+            self._fail("response head too large")
 
     def eof_received(self) -> None:
         """Let the transport close; connection_lost says what it means."""
@@ -159,6 +163,7 @@ class Line(asyncio.Protocol):
 
     def on_body(self, piece: bytes) -> None:
         """Hand a piece of the body over."""
+        self._unseen_bytes = 0
         if self._call is not None and not self._call.abandoned:
             self._call.sink.feed(piece)
 

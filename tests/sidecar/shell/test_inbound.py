@@ -117,11 +117,17 @@ async def test_ambiguous_framing_is_refused(request_bytes: bytes, *, is_split: b
         (b"POST /" + b"a" * MAX_HEAD_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n", "head is larger"),
         (b"POST /mcp HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * MAX_HEADERS + b"\r\n", "header fields"),
         (HEAD + CHUNKED + b"\r\n0\r\n" + b"X: aaaaaaaa\r\n" * 9000 + b"\r\n", "head is larger"),
+        (HEAD + b"X: " + b"a" * 8 * MAX_HEAD_BYTES, "head is larger"),
+        (HEAD + CHUNKED + b"\r\n0\r\nX: " + b"a" * 8 * MAX_HEAD_BYTES, "head is larger"),
+        (HEAD + CHUNKED + b"\r\n1;x=" + b"a" * 8 * MAX_HEAD_BYTES, "head is larger"),
         (HEAD + b"Content-Length: 2000\r\n\r\n", "body is larger than 1024 bytes"),
         (HEAD + CHUNKED + b"\r\n7d0\r\n" + b"a" * 2000, "body is larger than 1024 bytes"),
     ],
-    ids=["value", "target", "fields", "trailers", "announced body", "body in chunks"],
-)
+    ids=[
+        "value", "target", "fields", "trailers", "value without end", "trailer without end", "extension without end",
+        "announced body", "body in chunks",
+    ],
+)  # fmt: skip
 async def test_what_is_too_large_is_refused_as_soon_as_that_is_known(request_bytes: bytes, why: str) -> None:
     """Before it is whole; the client sees why, though it may still be sending."""
     async with a_path(a_snapshot(allowing(), max_body_bytes=1024)) as path:
@@ -134,6 +140,20 @@ async def test_what_is_too_large_is_refused_as_soon_as_that_is_known(request_byt
     assert why.encode() in answer
     assert path.exchanges[0].refusal is not None
     assert path.exchanges[0].refusal.reason is Reason.TOO_LARGE
+
+
+async def test_nobody_in_particular_fills_no_memory() -> None:
+    """Where an SVID is demanded, a caller without one is refused before its body, and holds no place."""
+    async with a_path(a_snapshot(allowing(), identity=Identity(mtls="strict"))) as path:
+        client = await path.dial()
+        await client.say(HEAD + b"Content-Length: 1000\r\n\r\n")
+        answer = await client.rest()
+        await client.close()
+
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"mutual TLS" in answer
+    assert b"connection: close" in answer
+    assert [each.refusal.reason for each in path.exchanges if each.refusal] == [Reason.UNAUTHENTICATED]
 
 
 async def test_a_client_that_goes_on_sending_sees_why_it_was_refused() -> None:
@@ -572,6 +592,7 @@ class ScriptedServing:
         self.connections: set[Any] = set()
         self.draining = False
         self.max_body_bytes = 1024
+        self.demands_svid = False
         self.engines = (allowing(),)
         self.begun: list[Exchange] = []
         self.observer = FakeObserver()

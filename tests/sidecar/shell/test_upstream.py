@@ -119,6 +119,7 @@ async def test_a_response_without_body_has_none(status: str) -> None:
         ([JSON + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n"], "unreadable response"),
         ([JSON + b"content-length: 4\r\ncontent-length: 5\r\n\r\n"], "unreadable response"),
         ([JSON + b"x: " + b"a" * upstream.MAX_HEAD_BYTES + b"\r\n\r\n"], "head too large"),
+        ([JSON + b"x: " + b"a" * 8 * upstream.MAX_HEAD_BYTES], "head too large"),
         ([b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"], "unreadable response"),
         ([JSON + b"x: a\rb\r\ncontent-length: 0\r\n\r\n"], "unreadable response"),
         ([response(b"<html>")], "malformed"),
