@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from certs.errors import CertsError
 from sidecar.errors import BundleError, ConfigError
@@ -10,6 +10,7 @@ from webhook.cli import demo, run
 from webhook.errors import WebhookError
 
 VERBS = (run, demo)
+TOLD = (ConfigError, BundleError, CertsError, WebhookError, OSError)  # somebody else's to mend; the rest is a defect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,15 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.perform(options)
-    except (ConfigError, BundleError, CertsError, WebhookError, OSError) as error:
+    except TOLD as error:
         print(f"sidegate: error: {error}", file=sys.stderr)
-        hint = getattr(error, "hint", None)
-        if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+        return 1
+    except ExceptionGroup as group:  # what happens inside a TaskGroup
+        told, defects = group.split(TOLD)
+        if told is None or defects is not None:
+            raise
+        for each in _leaves(told):
+            print(f"sidegate: error: {each}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for each in group.exceptions:
+        yield from _leaves(each) if isinstance(each, ExceptionGroup) else (each,)
 
 
 if __name__ == "__main__":

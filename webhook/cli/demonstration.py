@@ -36,8 +36,9 @@ AGENT: Final = SpiffeId.parse("spiffe://demo.sidegate/ns/agents/sa/assistant")
 AUDIENCE: Final = "https://database.demo.sidegate/mcp"
 START_S: Final = 60.0  # the server imports DuckDB; a cold machine takes 10 s
 BURST: Final = 6
-BUNDLE: Final = Path("examples/article/bundle.tar.gz")
-KEY: Final = Path("examples/article/bundle.pub.pem")
+EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "article"  # not in the wheel
+BUNDLE: Final = EXAMPLE / "bundle.tar.gz"
+KEY: Final = EXAMPLE / "bundle.pub.pem"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,18 +2,24 @@
 
 import argparse
 import asyncio
+import ipaddress
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
+from certs.errors import WorkloadApiError
 from certs.spiffe import SpiffePattern
+from certs.workload import socket_path
 from sidecar.config import Capture, LogLevel, Settings
 from sidecar.core.bundle import PROFILE, Bundle, decode, public_keys, revision
 from sidecar.core.profile import Identity, Limit, Profile, Provider, Server
 from sidecar.core.profile import decode as decode_profile
+from sidecar.core.profile import encode as encode_profile
 from sidecar.errors import ConfigError
 from sidecar.shell.app import App
 from webhook.core.compile import Policies
@@ -23,11 +29,20 @@ DEFAULT_LISTEN: Final = "127.0.0.1:8080"
 EXAMPLE: Final = "example: sidegate run --upstream http://127.0.0.1:8000/mcp --policy policies/ --issuer https://id.corp.example --audience http://127.0.0.1:8080/mcp"  # fmt: skip # noqa: E501
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where the server behind us speaks MCP."""
+
+    host: str
+    port: int
+    path: str
+
+
 def add_to(verbs: Any) -> None:
     """Add the verb's arguments."""
     parser = verbs.add_parser("run", help="govern a local MCP server", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help=f"where callers connect (default {DEFAULT_LISTEN})")  # fmt: skip # noqa: E501
-    parser.add_argument("--health", default="127.0.0.1:0", metavar="HOST:PORT", help="health and metrics (default: a free port)")  # fmt: skip # noqa: E501
+    parser.add_argument("--listen", default=DEFAULT_LISTEN, metavar="ADDRESS:PORT", help=f"where callers connect (default {DEFAULT_LISTEN})")  # fmt: skip # noqa: E501
+    parser.add_argument("--health", default="127.0.0.1:0", metavar="ADDRESS:PORT", help="health and metrics (default: a free port)")  # fmt: skip # noqa: E501
     parser.add_argument("--upstream", required=True, metavar="URL", help="the MCP endpoint to govern, http only")
     parser.add_argument("--policy", required=True, type=Path, metavar="DIR|BUNDLE", help="a directory of .cedar and .rego files, or a signed bundle (.tar.gz)")  # fmt: skip # noqa: E501
     parser.add_argument("--key", type=Path, metavar="PEM", help="public keys one of which signed BUNDLE")
@@ -46,10 +61,11 @@ def add_to(verbs: Any) -> None:
 
 def perform(options: argparse.Namespace) -> int:
     """Run until a signal; return the exit status."""
-    bundle = asyncio.run(_bundle(options))
     host, port = _address(options.listen, "--listen")
     health_host, health_port = _address(options.health, "--health")
-    upstream = urlsplit(options.upstream)
+    upstream = _endpoint(options.upstream)
+    _check_socket(options.spiffe_socket)
+    bundle = asyncio.run(_bundle(options, upstream))
     settings = Settings(
         namespace=bundle.profile.server.namespace,
         workload=bundle.profile.server.workload,
@@ -58,7 +74,7 @@ def perform(options: argparse.Namespace) -> int:
         listen_port=port,
         health_host=health_host,
         health_port=health_port,
-        upstream_host=upstream.hostname or "127.0.0.1",
+        upstream_host=upstream.host,
         spiffe_socket=options.spiffe_socket,
         audit_sink=options.audit,
         otlp_endpoint=options.otlp,
@@ -68,40 +84,44 @@ def perform(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _bundle(options: argparse.Namespace) -> Bundle:
+async def _bundle(options: argparse.Namespace, upstream: Endpoint) -> Bundle:
     """Return what is enforced: a signed bundle as it is, or a directory compiled here."""
     path: Path = options.policy
     if path.is_file():
         if options.key is None:
             raise ConfigError("--key is required with a bundle: nothing unsigned is enforced")
-        return _overridden(decode(path.read_bytes(), public_keys(options.key.read_text())), options)
+        signed = decode(path.read_bytes(), public_keys(_text(options.key)))
+        profile = _profile(options, upstream, signed.profile)
+        return Bundle(revision=signed.revision, files=signed.files, profile=profile)
     if not path.is_dir():
         raise ConfigError(f"--policy {path}: expected a directory or a bundle file")
     profile_file = path / PROFILE
     base = decode_profile(profile_file.read_bytes()) if profile_file.exists() else None
-    policies = Policies(cedar=_texts(path, "*.cedar"), rego=_texts(path, "*.rego"))
+    rego = {name: text for name, text in _texts(path, "*.rego").items() if not name.endswith("_test.rego")}
+    policies = Policies(cedar=_texts(path, "*.cedar"), rego=rego)
     if not policies.cedar and not policies.rego:
         raise ConfigError(f"--policy {path}: holds no .cedar and no .rego file, so nothing would be allowed")
-    content = await files(policies, _profile(options, base), Opa(options.opa))
+    content = await files(policies, _profile(options, upstream, base), Opa(options.opa))
     return Bundle(revision=revision(content), files=content, profile=decode_profile(content[PROFILE]))
 
 
-def _overridden(bundle: Bundle, options: argparse.Namespace) -> Bundle:
-    profile = _profile(options, bundle.profile)
-    return Bundle(revision=bundle.revision, files=bundle.files, profile=profile)
-
-
 def _texts(directory: Path, pattern: str) -> Mapping[str, str]:
-    return {path.name: path.read_text() for path in sorted(directory.glob(pattern)) if not path.stem.endswith("_test")}
+    return {path.name: _text(path) for path in sorted(directory.glob(pattern))}
 
 
-def _profile(options: argparse.Namespace, base: Profile | None) -> Profile:
-    """Return *base* (or defaults) with what the command line says; the command line wins."""
-    upstream = urlsplit(options.upstream)
-    if upstream.scheme != "http" or not upstream.hostname:
-        raise ConfigError(f"--upstream {options.upstream}: expected http://HOST:PORT/PATH")
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
+
+
+def _profile(options: argparse.Namespace, upstream: Endpoint, base: Profile | None) -> Profile:
+    """Return *base* (or defaults) with what the command line says; the command line wins, but never on mTLS."""
     if options.issuer and not options.audience:
         raise ConfigError("--audience is required with --issuer: a token for anyone else must not open this server")
+    if options.audience and not options.issuer:
+        raise ConfigError("--issuer is required with --audience: it says whose tokens name that audience")
     for pattern in options.caller:
         SpiffePattern.parse(pattern)
     old = base.identity if base is not None else Identity()
@@ -113,30 +133,74 @@ def _profile(options: argparse.Namespace, base: Profile | None) -> Profile:
         namespace=base.server.namespace if base else "local",
         workload=base.server.workload if base else "local",
         name=base.server.name if base else "local",
-        port=upstream.port or 80,
-        paths=(upstream.path or "/",),
+        port=upstream.port,
+        paths=(upstream.path,),
     )
     identity = Identity(
-        mtls="strict" if options.spiffe_socket else "permissive",
+        mtls=_mtls(options, base),
         user=options.user or old.user,
         callers=tuple(options.caller) or old.callers,
         providers=providers,
     )
     if base is None:
-        return Profile(server=server, identity=identity, limits=limits)
-    return msgspec.structs.replace(base, server=server, identity=identity, limits=limits)
+        made = Profile(server=server, identity=identity, limits=limits)
+    else:
+        made = msgspec.structs.replace(base, server=server, identity=identity, limits=limits)
+    return decode_profile(encode_profile(made))  # constructors check no bounds
+
+
+def _mtls(options: argparse.Namespace, base: Profile | None) -> Literal["strict", "permissive"]:
+    """Return what the profile demands; raises ConfigError when that cannot be had without a Workload API."""
+    if base is None and not options.spiffe_socket:
+        print("sidegate: no --spiffe-socket: callers need no SVID and connect without TLS", file=sys.stderr)
+        return "permissive"
+    wanted = base.identity.mtls if base is not None else "strict"
+    if wanted == "strict" and not options.spiffe_socket:
+        raise ConfigError(
+            f"--policy {options.policy}: its profile demands mTLS (identity.mtls strict), and there is no identity for it"
+            "\nhint: --spiffe-socket unix:/path/of/the/agent.sock"
+        )
+    return wanted
 
 
 def _limit(text: str, index: int) -> Limit:
     rate, _, burst = text.partition("/")
     try:
-        return Limit(name=f"cli-{index}", rate_per_s=float(rate), burst=int(burst))
+        limit = Limit(name=f"cli-{index}", rate_per_s=float(rate), burst=int(burst))
+        return msgspec.json.decode(msgspec.json.encode(limit), type=Limit)  # the constructor checks no bounds
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ConfigError(
+            f"--limit {text}: expected RATE/BURST, such as 2/10: a rate per second from 0.000001, a burst from 1"
+        ) from error
+
+
+def _endpoint(text: str) -> Endpoint:
+    expected = f"--upstream {text}: expected http://HOST:PORT/PATH"
+    try:
+        url = urlsplit(text)
+        port = 80 if url.port is None else url.port
     except ValueError as error:
-        raise ConfigError(f"--limit {text}: expected RATE/BURST, such as 2/10") from error
+        raise ConfigError(f"{expected} ({error})") from error
+    if url.scheme != "http" or not url.hostname or not port or url.username or url.query or url.fragment:
+        raise ConfigError(expected)
+    return Endpoint(host=url.hostname, port=port, path=url.path or "/")
 
 
 def _address(text: str, option: str) -> tuple[str, int]:
+    expected = f"{option} {text}: expected ADDRESS:PORT, such as 127.0.0.1:8080 or [::1]:8080"
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{option} {text}: expected HOST:PORT")
-    return host.strip("[]"), int(port)
+    if not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(expected)
+    try:
+        return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
+    except ValueError as error:
+        raise ConfigError(expected) from error
+
+
+def _check_socket(address: str) -> None:
+    if not address:
+        return
+    try:
+        socket_path(address)
+    except WorkloadApiError as error:
+        raise ConfigError(f"--spiffe-socket {address}: expected unix:/path") from error

@@ -7,6 +7,7 @@ Source: OPA documentation, "CLI", version 1.22.
 import asyncio
 import io
 import json
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from webhook.shell import cedar
 
 @dataclass(frozen=True, slots=True)
 class Opa:
-    """The opa program at *path*; *deadline_s* bounds each of its runs."""
+    """The opa program at *path*, or of that name on the PATH; *deadline_s* bounds each of its runs."""
 
     path: Path | str
     deadline_s: float = 10.0
@@ -63,9 +64,19 @@ class Opa:
         current = await self._run(directory, "capabilities", "--current")
         (directory / "capabilities.json").write_bytes(compiler.capabilities(current))
 
+    def _program(self) -> Path:
+        """Return where it is now: a run has another directory, and no PATH. Raises FileNotFoundError."""
+        found = shutil.which(self.path)
+        if found is None:
+            raise FileNotFoundError(
+                f"no program {self.path}, which compiles Rego\n"
+                "hint: install opa (openpolicyagent.org), or say where it is with --opa or SIDEGATE_OPA"
+            )
+        return Path(found).absolute()
+
     async def _run(self, directory: Path, *arguments: str, accept: tuple[int, ...] = (0,)) -> bytes:
         process = await asyncio.create_subprocess_exec(
-            self.path,
+            self._program(),
             *arguments,
             cwd=directory,
             env={},

@@ -1,15 +1,27 @@
 """`sidegate VERB` as a user meets it: what it prints and its exit status, wrong input first."""
 
+import argparse
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from sidecar.core import bundle
+from tests.parts import part
+from webhook.cli import run
 from webhook.cli.__main__ import main
 
 ARTICLE = Path(__file__).parents[3] / "examples" / "article"
 UPSTREAM = ("--upstream", "http://127.0.0.1:9/mcp")
+SIGNED = ("--policy", str(ARTICLE / "bundle.tar.gz"), "--key", str(ARTICLE / "bundle.pub.pem"))
+SOCKET = ("--spiffe-socket", "unix:/nowhere/agent.sock")
+CEDAR = "permit (principal, action, resource);"
+REGO = "package mcp.authz\ndefault allow = false\nallow if input.user"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -72,17 +84,168 @@ def test_a_bundle_of_another_key_is_refused(capsys: pytest.CaptureFixture[str], 
     ("arguments", "expected"),
     [
         (("--upstream", "https://127.0.0.1/mcp"), "expected http://HOST:PORT/PATH"),
-        ((*UPSTREAM, "--listen", "8080"), "--listen 8080: expected HOST:PORT"),
-        ((*UPSTREAM, "--listen", "127.0.0.1:99999"), "expected HOST:PORT"),
+        (("--upstream", "http://h:99999/mcp"), "--upstream http://h:99999/mcp: expected http://HOST:PORT/PATH"),
+        (("--upstream", "http://h:0/mcp"), "--upstream http://h:0/mcp: expected http://HOST:PORT/PATH"),
+        (("--upstream", "http://h/mcp?a=b"), "expected http://HOST:PORT/PATH"),
+        (("--upstream", "http://h/m\u00fc"), "$.server.paths[0]"),
+        ((*UPSTREAM, "--listen", "8080"), "--listen 8080: expected ADDRESS:PORT"),
+        ((*UPSTREAM, "--listen", "127.0.0.1:99999"), "expected ADDRESS:PORT"),
+        ((*UPSTREAM, "--listen", "localhost:8080"), "expected ADDRESS:PORT, such as 127.0.0.1:8080"),
+        ((*UPSTREAM, "--health", "[localhost]:0"), "--health [localhost]:0: expected ADDRESS:PORT"),
         ((*UPSTREAM, "--limit", "many"), "--limit many: expected RATE/BURST"),
+        ((*UPSTREAM, "--limit", "nan/5"), "--limit nan/5: expected RATE/BURST"),
+        ((*UPSTREAM, "--limit", "inf/5"), "--limit inf/5: expected RATE/BURST"),
+        ((*UPSTREAM, "--limit", "0/5"), "--limit 0/5: expected RATE/BURST"),
+        ((*UPSTREAM, "--limit=-1/5"), "--limit -1/5: expected RATE/BURST"),
+        ((*UPSTREAM, "--limit", "5/0"), "a burst from 1"),
         ((*UPSTREAM, "--issuer", "https://id.example"), "--audience is required with --issuer"),
+        ((*UPSTREAM, "--audience", "https://me.example"), "--issuer is required with --audience"),
+        ((*UPSTREAM, "--issuer", "short", "--audience", "a"), "$.identity.providers[0].issuer"),
         ((*UPSTREAM, "--caller", "https://td/x"), "https://td/x"),
+        ((*UPSTREAM, "--spiffe-socket", "/run/x.sock"), "--spiffe-socket /run/x.sock: expected unix:/path"),
     ],
 )
 def test_a_bad_option_is_named_with_what_it_may_be(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
 ) -> None:
     """The message names the option, what was given and what is expected."""
-    bundle = ("--policy", str(ARTICLE / "bundle.tar.gz"), "--key", str(ARTICLE / "bundle.pub.pem"))
+    assert expected in refused(capsys, "run", *SIGNED, *SOCKET, *arguments)
 
-    assert expected in refused(capsys, "run", *bundle, *arguments)
+
+def test_strict_mtls_is_not_given_up_for_want_of_a_socket(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a signed bundle demands, the command line does not take away."""
+    said = refused(capsys, "run", *UPSTREAM, *SIGNED)
+
+    assert "its profile demands mTLS (identity.mtls strict)" in said
+    assert "\nhint: --spiffe-socket unix:/" in said
+
+
+async def enforced(*arguments: str) -> bundle.Bundle:
+    """Return what `sidegate run` would enforce."""
+    parser = argparse.ArgumentParser()
+    run.add_to(parser.add_subparsers())
+    options = parser.parse_args(["run", *UPSTREAM, *arguments])
+    return await run._bundle(options, run._endpoint(options.upstream))
+
+
+@pytest.mark.parametrize(("mtls", "arguments"), [("strict", SOCKET), ("permissive", SOCKET), ("permissive", ())])
+async def test_a_profile_beside_the_policies_keeps_its_mtls(
+    tmp_path: Path, mtls: str, arguments: Sequence[str]
+) -> None:
+    """With or without a socket."""
+    (tmp_path / "p.cedar").write_text(CEDAR)
+    text = f'{{"server":{{"namespace":"n","workload":"w","name":"w","port":1}},"identity":{{"mtls":"{mtls}"}}}}'
+    (tmp_path / "sidegate.json").write_text(text)
+
+    assert (await enforced("--policy", str(tmp_path), *arguments)).profile.identity.mtls == mtls
+
+
+async def test_policies_alone_are_strict_with_a_socket_and_say_so_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A laptop has no agent; nobody should take it for mutual TLS."""
+    (tmp_path / "p.cedar").write_text(CEDAR)
+
+    with_socket = await enforced("--policy", str(tmp_path), *SOCKET)
+    assert capsys.readouterr().err == ""
+    without = await enforced("--policy", str(tmp_path))
+
+    assert (with_socket.profile.identity.mtls, without.profile.identity.mtls) == ("strict", "permissive")
+    assert capsys.readouterr().err == "sidegate: no --spiffe-socket: callers need no SVID and connect without TLS\n"
+
+
+async def test_tests_of_rego_stay_out_and_cedar_files_never_do(tmp_path: Path) -> None:
+    """`_test` is a convention of OPA; a Cedar file of that name may forbid something. The opa is found by its path."""
+    for name, text in {
+        "p.rego": REGO,
+        "p_test.rego": "package p_test\nnonsense",
+        "p.cedar": CEDAR,
+        "smoke_test.cedar": CEDAR,
+    }.items():
+        (tmp_path / name).write_text(text)
+
+    made = await enforced("--policy", str(tmp_path), "--opa", str(part("opa")))
+
+    assert sorted(made.files) == [
+        "cedar/p.cedar",
+        "cedar/smoke_test.cedar",
+        "policy.wasm",
+        "policy/p.rego",
+        "sidegate.json",
+    ]
+
+
+async def test_opa_is_found_on_the_path_and_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell finds it, though it runs in another directory and without environment."""
+    (tmp_path / "p.rego").write_text(REGO)
+    opa = part("opa")
+
+    monkeypatch.setenv("PATH", str(opa.parent))
+    assert bundle.WASM in (await enforced("--policy", str(tmp_path))).files
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(opa.parent)
+    assert bundle.WASM in (await enforced("--policy", str(tmp_path), "--opa", f"./{opa.name}")).files
+
+
+def test_a_missing_opa_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """With a hint how to get it or name it."""
+    (tmp_path / "p.rego").write_text(REGO)
+
+    said = refused(capsys, "run", *UPSTREAM, *SOCKET, "--policy", str(tmp_path), "--opa", "no-such-opa")
+
+    assert "no program no-such-opa, which compiles Rego" in said
+    assert "\nhint: install opa" in said
+
+
+def test_a_policy_that_is_not_utf_8_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The message names the file."""
+    (tmp_path / "p.cedar").write_bytes(b"\xff")
+
+    assert "p.cedar: not UTF-8" in refused(capsys, "run", *UPSTREAM, *SOCKET, "--policy", str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["--listen", "--health"])
+def test_a_used_port_is_told_without_traceback(tmp_path: Path, option: str) -> None:
+    """The port is found used inside the process's task group; the user meets a line."""
+    (tmp_path / "p.cedar").write_text(CEDAR)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        other = {"--listen": "--health", "--health": "--listen"}[option]
+        done = transcript(
+            "run", *UPSTREAM, "--policy", str(tmp_path), option, address, other, "127.0.0.1:0", "--log-level", "error"
+        )
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "address already in use" in done.stderr.splitlines()[-1].lower()
+    assert done.stderr.splitlines()[-1].startswith("sidegate: error: ")
+
+
+def test_a_defect_is_not_told_as_somebody_elses_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group with anything unforeseen in it keeps its traceback."""
+
+    def fail(_: object) -> int:
+        raise ExceptionGroup("tasks", [OSError("used"), ZeroDivisionError()])
+
+    monkeypatch.setattr(run, "perform", fail)
+
+    with pytest.raises(ExceptionGroup):
+        main(["run", *UPSTREAM, *SIGNED])
+
+
+def test_demo_without_the_repository_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is started."""
+    monkeypatch.setattr("webhook.cli.demonstration.BUNDLE", tmp_path / "bundle.tar.gz")
+
+    said = refused(capsys, "demo", "--once")
+
+    assert "bundle.tar.gz is missing\nhint: " in said
+
+
+def transcript(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    command = (sys.executable, "-m", "webhook.cli", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our own program
