@@ -18,9 +18,9 @@ FROM ${PYTHON_IMAGE} AS sidecar
 # nft is for the init container `sidegate-net`; an image of your own may have it already.
 # The version is the Debian release's, which gets nothing but fixes.
 # hadolint ignore=DL3008
-RUN command -v nft >/dev/null || { apt-get update -qq \
-      && apt-get install --quiet --yes --no-install-recommends nftables && rm -rf /var/lib/apt/lists/*; }; \
-    python -m pip uninstall --quiet --yes --root-user-action=ignore pip
+RUN { command -v nft >/dev/null || { apt-get update -qq \
+      && apt-get install --quiet --yes --no-install-recommends nftables && rm -rf /var/lib/apt/lists/*; }; } \
+    && python -m pip uninstall --quiet --yes --root-user-action=ignore pip
 COPY --from=sidecar-tree /tree /opt/sidegate
 ENV PYTHONPATH=/opt/sidegate PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /
