@@ -14,7 +14,7 @@ from sidecar.core import profile
 from sidecar.core.message import NOTIFICATIONS, REQUESTS, Message, Shape
 from sidecar.core.replies import answer
 from sidecar.errors import Reason, Refusal
-from webhook.core import annotations, resources
+from webhook.core import annotations, quantity, resources
 
 REFERENCE: Final = Path(__file__).parent / "reference"
 NOTE: Final = "<!-- Made by docs/generate.py from the code; edit the code. -->\n"
@@ -42,7 +42,7 @@ def _settings(title: str, module: Any) -> str:
     rows = [
         (
             f"`{module.PREFIX}{field.name.upper()}`",
-            f"`{field.default}`" if field.default != "" else "",
+            f"`{spelt}`" if (spelt := _spelt(field)) else "",
             field.metadata["meaning"],
         )
         for field in dataclasses.fields(module.Settings)
@@ -51,6 +51,21 @@ def _settings(title: str, module: Any) -> str:
         "Read once from the environment; an unknown or unusable one stops the process with a message that names it.\n"
     )
     return f"{NOTE}# {title}\n\n{text}\n{_table(('variable', 'default', 'meaning'), rows)}"
+
+
+def _spelt(field: Any) -> str:
+    """Return the default of a setting as its variable would say it."""
+    match field.default:
+        case int() as amount if field.metadata["parse"] is quantity.parse_cpu:
+            return quantity.cpu(amount)
+        case int() as amount if field.metadata["parse"] is quantity.parse_memory:
+            return quantity.memory(amount)
+        case tuple() as names:
+            return ",".join(names)
+        case float() as number:
+            return f"{number:.15g}"
+        case other:
+            return str(other)
 
 
 def _annotations() -> str:
