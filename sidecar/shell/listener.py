@@ -169,7 +169,11 @@ def _bind(host: str, port: int) -> list[socket.socket]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((each, port))
+        try:
+            sock.bind((each, port))
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"{each} port {port}: {error.strerror}") from error
         port = sock.getsockname()[1]
         sock.listen(BACKLOG)
         sock.setblocking(False)

@@ -220,6 +220,7 @@ def test_a_used_port_is_told_without_traceback(tmp_path: Path, option: str) -> N
     assert "Traceback" not in done.stderr
     assert "address already in use" in done.stderr.splitlines()[-1].lower()
     assert done.stderr.splitlines()[-1].startswith("sidegate: error: ")
+    assert address.rpartition(":")[2] in done.stderr.splitlines()[-1]
 
 
 def test_a_defect_is_not_told_as_somebody_elses_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
