@@ -708,11 +708,11 @@ async def _play(events: list[str]) -> None:  # noqa: C901 - one small act for ea
     protocol = Inbound(serving, "client")  # type: ignore[arg-type]
     protocol.connection_made(wire)  # type: ignore[arg-type]
     calls: list[tuple[ScriptedCall, Any]] = []
-    begun: set[int] = set()
+    begun: list[Any] = []  # the turns themselves: a freed one's id would be another's
     gone = False
 
     def sink(*, after_head: bool) -> Any:
-        if calls and not calls[-1][0].aborted and (id(calls[-1][1]) in begun) is after_head:
+        if calls and not calls[-1][0].aborted and any(each is calls[-1][1] for each in begun) is after_head:
             return calls[-1][1]
         return None
 
@@ -740,7 +740,7 @@ async def _play(events: list[str]) -> None:  # noqa: C901 - one small act for ea
     def head(kind: bytes) -> None:
         receiver = sink(after_head=False)
         if receiver is not None:
-            begun.add(id(receiver))
+            begun.append(receiver)
             receiver.begin(200, b"OK", [(b"content-type", kind)])
 
     def feed(piece: bytes) -> None:
