@@ -781,6 +781,6 @@ async def _play(events: list[str]) -> None:  # noqa: C901 - one small act for ea
     forward()  # keys that come too late
 
     assert len(serving.begun) == len(serving.observer.exchanges)
-    assert all(call.aborted or id(sink_) not in begun or sink_.is_over for call, sink_ in calls)
+    assert all(call.aborted or all(sink_ is not each for each in begun) or sink_.is_over for call, sink_ in calls)
     assert serving.connections == set()
     assert protocol._timer is None
