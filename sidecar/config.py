@@ -49,7 +49,9 @@ def _one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
     return parse
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return the parser of a number in these bounds, both included."""
+
     def parse(text: str) -> float:
         expected = f"a number from {low:g} to {high:g}"
         try:
@@ -63,45 +65,49 @@ def _number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
+    """Return the port in *text*; raises ValueError saying what is expected."""
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
         raise ValueError("a port from 0 to 65535 (0: any free one)")
     return int(text)
 
 
-def _setting(parse: Callable[[str], Any], meaning: str, *, default: Any, secret: bool = False) -> Any:
-    return field(default=default, metadata={"parse": parse, "meaning": meaning, "secret": secret})
+def setting_of(parse: Callable[[str], Any], meaning: str, *, default: Any) -> Any:
+    """Return a dataclass field that knows how its text is read, and what the reference page says of it."""
+    return field(default=default, metadata={"parse": parse, "meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All of them. The name of a field, in upper case behind SIDEGATE_, is the name of its variable."""
 
-    namespace: str = _setting(str, "Namespace of the pod.", default="")
-    pod: str = _setting(str, "Name of the pod: which bundle to ask for.", default="")
-    workload: str = _setting(str, "Name of the Deployment, StatefulSet … that the pod belongs to.", default="")
-    capture: Capture = _setting(_one_of(Capture), "How traffic reaches the sidecar.", default=Capture.LISTEN)
-    listen_host: str = _setting(str, "Address the inbound listener binds.", default="::")
-    listen_port: int = _setting(_port, "Port of the inbound listener.", default=INBOUND_PORT)
-    health_host: str = _setting(str, "Address of the health and metrics listener.", default="::")
-    health_port: int = _setting(_port, "Port of the health and metrics listener.", default=HEALTH_PORT)
-    upstream_host: str = _setting(
+    namespace: str = setting_of(str, "Namespace of the pod.", default="")
+    pod: str = setting_of(str, "Name of the pod: which bundle to ask for.", default="")
+    workload: str = setting_of(str, "Name of the Deployment, StatefulSet … that the pod belongs to.", default="")
+    capture: Capture = setting_of(_one_of(Capture), "How traffic reaches the sidecar.", default=Capture.LISTEN)
+    listen_host: str = setting_of(str, "Address the inbound listener binds.", default="::")
+    listen_port: int = setting_of(port_number, "Port of the inbound listener.", default=INBOUND_PORT)
+    health_host: str = setting_of(str, "Address of the health and metrics listener.", default="::")
+    health_port: int = setting_of(port_number, "Port of the health and metrics listener.", default=HEALTH_PORT)
+    upstream_host: str = setting_of(
         str, "Address of the MCP server; its port comes with the bundle.", default="127.0.0.1"
     )
-    hosts: str = _setting(str, "Comma-separated authorities under which callers know this server, for Host and Origin checks; empty: any Host, no Origin.", default="")  # fmt: skip # noqa: E501
-    spiffe_socket: str = _setting(str, "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; empty: no workload identity.", default="")  # fmt: skip # noqa: E501
-    spiffe_id: str = _setting(str, "SPIFFE ID to use when the agent offers several; empty: the only one.", default="")
-    control_plane: str = _setting(str, "Base URL of the control plane's bundle endpoint.", default="")
-    control_plane_id: str = _setting(str, "SPIFFE ID that the control plane must show.", default="")
-    bundle_keys: str = _setting(str, "Public keys (PEM, one after the other) one of which must have signed the bundle.", default="")  # fmt: skip # noqa: E501
-    bundle_dir: str = _setting(str, "Directory in which the last good bundle is kept.", default="")
-    bundle_max_age_s: float = _setting(_number(0, 2**31), "Seconds after which a bundle that could not be confirmed is no longer enforced and calls are refused; 0: never.", default=0.0)  # fmt: skip # noqa: E501
-    audit_sink: str = _setting(str, "Where audit records go: stdout, or the path of a file.", default="stdout")
-    otlp_endpoint: str = _setting(str, "Base URL of an OTLP/HTTP receiver when the bundle names none; empty: spans are counted and dropped.", default="")  # fmt: skip # noqa: E501
-    probes: str = _setting(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
-    drain_s: float = _setting(_number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip
-    max_connections: float = _setting(_number(1, 100_000), "Inbound connections at a time; more wait in the kernel's queue.", default=1024.0)  # fmt: skip # noqa: E501
-    log_level: LogLevel = _setting(_one_of(LogLevel), "Least severe log record that is written.", default=LogLevel.INFO)
+    hosts: str = setting_of(str, "Comma-separated authorities under which callers know this server, for Host and Origin checks; empty: any Host, no Origin.", default="")  # fmt: skip # noqa: E501
+    spiffe_socket: str = setting_of(str, "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; empty: no workload identity.", default="")  # fmt: skip # noqa: E501
+    spiffe_id: str = setting_of(str, "SPIFFE ID to use when the agent offers several; empty: the only one.", default="")
+    control_plane: str = setting_of(str, "Base URL of the control plane's bundle endpoint.", default="")
+    control_plane_id: str = setting_of(str, "SPIFFE ID that the control plane must show.", default="")
+    bundle_keys: str = setting_of(str, "Public keys (PEM, one after the other) one of which must have signed the bundle.", default="")  # fmt: skip # noqa: E501
+    bundle_dir: str = setting_of(str, "Directory in which the last good bundle is kept.", default="")
+    bundle_max_age_s: float = setting_of(number(0, 2**31), "Seconds after which a bundle that could not be confirmed is no longer enforced and calls are refused; 0: never.", default=0.0)  # fmt: skip # noqa: E501
+    audit_sink: str = setting_of(str, "Where audit records go: stdout, or the path of a file.", default="stdout")
+    otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver when the bundle names none; empty: spans are counted and dropped.", default="")  # fmt: skip # noqa: E501
+    probes: str = setting_of(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
+    drain_s: float = setting_of(number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip
+    max_connections: float = setting_of(number(1, 100_000), "Inbound connections at a time; more wait in the kernel's queue.", default=1024.0)  # fmt: skip # noqa: E501
+    log_level: LogLevel = setting_of(
+        _one_of(LogLevel), "Least severe log record that is written.", default=LogLevel.INFO
+    )
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Self:

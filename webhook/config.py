@@ -4,16 +4,15 @@ Refuses an unknown `SIDEGATE_` variable and every unusable value, all of them in
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, Self
 
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffeId
-from sidecar.config import Capture, LogLevel
+from sidecar.config import PREFIX, Capture, LogLevel, number, port_number, setting_of
 from webhook.core import quantity
 from webhook.errors import BadSetting
 
-PREFIX: Final = "SIDEGATE_"
 DAY_S: Final = 86_400
 
 
@@ -24,26 +23,6 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
         return text
 
     return parse
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        expected = f"a number from {low:g} to {high:g}"
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError(expected) from None
-        if not low <= value <= high:
-            raise ValueError(expected)
-        return value
-
-    return parse
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 <= int(text) <= 65535:
-        raise ValueError("a port from 0 to 65535 (0: any free one)")
-    return int(text)
 
 
 def _filled(text: str) -> str:
@@ -65,100 +44,96 @@ def _spiffe_id(text: str) -> str:
         ) from error
 
 
-def _setting(parse: Callable[[str], Any], meaning: str, *, default: Any) -> Any:
-    return field(default=default, metadata={"parse": parse, "meaning": meaning})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All of them. The name of a field, in upper case behind SIDEGATE_, is the name of its variable."""
 
     # What runs where.
-    namespace: str = _setting(_filled, "Namespace of the control plane itself.", default="sidegate-system")
-    service: str = _setting(_filled, "Name of the Service in front of the control plane.", default="sidegate")
-    webhook_configuration: str = _setting(
+    namespace: str = setting_of(_filled, "Namespace of the control plane itself.", default="sidegate-system")
+    service: str = setting_of(_filled, "Name of the Service in front of the control plane.", default="sidegate")
+    webhook_configuration: str = setting_of(
         _filled, "Name of the MutatingWebhookConfiguration whose caBundle is kept up to date.", default="sidegate"
     )
-    kubeconfig: str = _setting(str, "Path of a kubeconfig file; empty: the pod's service account.", default="")
-    listen_host: str = _setting(str, "Address that all listeners bind.", default="::")
-    admission_port: int = _setting(_port, "Port of the admission webhook.", default=10250)
-    bundles_port: int = _setting(_port, "Port of the bundle endpoint.", default=8443)
-    metrics_port: int = _setting(_port, "Port of health and metrics.", default=9090)
-    spiffe_socket: str = _setting(
+    kubeconfig: str = setting_of(str, "Path of a kubeconfig file; empty: the pod's service account.", default="")
+    listen_host: str = setting_of(str, "Address that all listeners bind.", default="::")
+    admission_port: int = setting_of(port_number, "Port of the admission webhook.", default=10250)
+    bundles_port: int = setting_of(port_number, "Port of the bundle endpoint.", default=8443)
+    metrics_port: int = setting_of(port_number, "Port of health and metrics.", default=9090)
+    spiffe_socket: str = setting_of(
         str,
         "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; sidecars find a socket of the same name.",
         default="unix:/spiffe-workload-api/spire-agent.sock",
     )
-    opa: str = _setting(_filled, "Path of the opa program, which compiles Rego.", default="/opa")
-    linger_s: float = _setting(
-        _number(0, 300), "Seconds to go on serving after the signal to stop, while callers learn of it.", default=10.0
+    opa: str = setting_of(_filled, "Path of the opa program, which compiles Rego.", default="/opa")
+    linger_s: float = setting_of(
+        number(0, 300), "Seconds to go on serving after the signal to stop, while callers learn of it.", default=10.0
     )
-    log_level: str = _setting(_one_of(*LogLevel), "Least severe log record that is written.", default="info")
+    log_level: str = setting_of(_one_of(*LogLevel), "Least severe log record that is written.", default="info")
 
     # Serving certificate and bundle signature.
-    ca_secret: str = _setting(_filled, "Secret that holds the webhook's CA.", default="sidegate-webhook-ca")
-    signing_secret: str = _setting(
+    ca_secret: str = setting_of(_filled, "Secret that holds the webhook's CA.", default="sidegate-webhook-ca")
+    signing_secret: str = setting_of(
         _filled, "Secret that holds the key by which bundles are signed.", default="sidegate-bundle-signing"
     )
-    ca_lifetime_s: float = _setting(
-        _number(600, 3650 * DAY_S), "Seconds that the webhook's CA is good for.", default=365.0 * DAY_S
+    ca_lifetime_s: float = setting_of(
+        number(600, 3650 * DAY_S), "Seconds that the webhook's CA is good for.", default=365.0 * DAY_S
     )
-    leaf_lifetime_s: float = _setting(
-        _number(60, 90 * DAY_S), "Seconds that a serving certificate is good for.", default=7.0 * DAY_S
+    leaf_lifetime_s: float = setting_of(
+        number(60, 90 * DAY_S), "Seconds that a serving certificate is good for.", default=7.0 * DAY_S
     )
-    staging_s: float = _setting(_number(1, DAY_S), "Seconds that a new CA is trusted before it signs.", default=3600.0)
+    staging_s: float = setting_of(number(1, DAY_S), "Seconds that a new CA is trusted before it signs.", default=3600.0)
 
     # What is put into pods.
-    image: str = _setting(_filled, "Image of the sidecar.", default="sidegate/sidecar:latest")
-    image_pull_policy: str = _setting(
+    image: str = setting_of(_filled, "Image of the sidecar.", default="sidegate/sidecar:latest")
+    image_pull_policy: str = setting_of(
         _one_of("Always", "IfNotPresent", "Never"), "When the sidecar's image is pulled.", default="IfNotPresent"
     )
-    image_pull_secrets: tuple[str, ...] = _setting(
+    image_pull_secrets: tuple[str, ...] = setting_of(
         _names,
         "Names of Secrets for pulling it, comma-separated; they must exist in every governed namespace.",
         default=(),
     )
-    revision: str = _setting(_filled, "Value of the label sidegate.dev/injected on pods.", default="default")
-    capture: str = _setting(
+    revision: str = setting_of(_filled, "Value of the label sidegate.dev/injected on pods.", default="default")
+    capture: str = setting_of(
         _one_of(Capture.REDIRECT, Capture.REMAP), "How traffic is brought into the sidecar.", default=Capture.REDIRECT
     )
-    weakest_capture: str = _setting(
+    weakest_capture: str = setting_of(
         _one_of(Capture.REDIRECT, Capture.REMAP),
         "The weakest mode that a pod or a profile may choose instead.",
         default=Capture.REDIRECT,
     )
-    excluded_namespaces: tuple[str, ...] = _setting(
+    excluded_namespaces: tuple[str, ...] = setting_of(
         _names,
         "Namespaces never touched, comma-separated; our own and the cluster's always belong to them.",
         default=("kube-system", "kube-public", "kube-node-lease"),
     )
-    control_plane_id: str = _setting(
+    control_plane_id: str = setting_of(
         _spiffe_id, "SPIFFE ID of the control plane, which sidecars demand of it.", default=""
     )
-    sidecar_cpu: int = _setting(quantity.parse_cpu, "CPU reserved for a sidecar.", default=50)
-    sidecar_cpu_limit: int = _setting(quantity.parse_cpu, "CPU that a sidecar may use.", default=1000)
-    sidecar_memory: int = _setting(quantity.parse_memory, "Memory reserved for a sidecar.", default=96 * 2**20)
-    sidecar_memory_limit: int = _setting(quantity.parse_memory, "Memory that a sidecar may use.", default=256 * 2**20)
-    sidecar_log_level: str = _setting(
+    sidecar_cpu: int = setting_of(quantity.parse_cpu, "CPU reserved for a sidecar.", default=50)
+    sidecar_cpu_limit: int = setting_of(quantity.parse_cpu, "CPU that a sidecar may use.", default=1000)
+    sidecar_memory: int = setting_of(quantity.parse_memory, "Memory reserved for a sidecar.", default=96 * 2**20)
+    sidecar_memory_limit: int = setting_of(quantity.parse_memory, "Memory that a sidecar may use.", default=256 * 2**20)
+    sidecar_log_level: str = setting_of(
         _one_of(*LogLevel), "Least severe log record that sidecars write.", default="info"
     )
-    bundle_max_age_s: float = _setting(
-        _number(0, 2**31),
+    bundle_max_age_s: float = setting_of(
+        number(0, 2**31),
         "Seconds after which a sidecar refuses calls when its bundle could not be confirmed; 0: never.",
         default=0.0,
     )
 
     # What a workload gets that says nothing else; a namespace can only tighten it.
-    mtls: Literal["strict", "permissive"] = _setting(
+    mtls: Literal["strict", "permissive"] = setting_of(
         _one_of("strict", "permissive"), "Whether callers must show an SVID (strict) or may.", default="strict"
     )
-    user: Literal["required", "optional"] = _setting(
+    user: Literal["required", "optional"] = setting_of(
         _one_of("required", "optional"), "Whether a call needs a user's access token.", default="required"
     )
-    audit_content: Literal["full", "hash"] = _setting(
+    audit_content: Literal["full", "hash"] = setting_of(
         _one_of("full", "hash"), "Whether audit records hold arguments and results, or their hashes.", default="full"
     )
-    otlp_endpoint: str = _setting(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")
+    otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Self:
