@@ -30,7 +30,11 @@ class Server(Record, frozen=True, kw_only=True):
     name: str
     version: str = ""
     port: Port
-    paths: tuple[Path, ...] = ("/mcp",)
+    transport: Literal["http", "sse", "stdio"] = "http"  # Streamable HTTP; HTTP+SSE of 2024-11-05; stdio behind a relay
+    processes: Literal["session", "shared"] = "session"  # stdio: a process for each session, or one for all
+    paths: tuple[Path, ...] = ("/mcp",)  # sse: those of the event stream; the server announces where to post
+    hosts: tuple[str, ...] = ()  # authorities under which callers know this server, judged in Host; empty: any
+    origins: tuple[str, ...] = ()  # browsers' origins that may call, such as https://app.example; empty: none
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=64 * 2**20)] = 4 * 2**20  # the SDKs' own limit
 
 
@@ -112,6 +116,7 @@ class Profile(Record, frozen=True, kw_only=True):
     audit: Audit = Audit()
     telemetry: Telemetry = Telemetry()
     policies: Policies = Policies()
+    denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown
 
 
 def decode(data: bytes) -> Profile:
