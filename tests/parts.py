@@ -342,6 +342,23 @@ PARTS: Mapping[str, Part] = {
     "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),
     "oidc-provider": Part(recipe=NpmPackages(packages=("oidc-provider@9.13.3",))),
     "mcp-server-everything": Part(recipe=NpmPackages(packages=("@modelcontextprotocol/server-everything@2026.8.31",))),
+    # The official conformance suite, and the TypeScript SDK its reference server is written on.
+    "mcp-conformance": Part(
+        recipe=NpmPackages(packages=("@modelcontextprotocol/conformance@0.2.0-alpha.12",)),
+        path="node_modules/@modelcontextprotocol/conformance/dist/index.js",
+    ),
+    "mcp-typescript": Part(
+        recipe=NpmPackages(
+            packages=(
+                "@modelcontextprotocol/server@2.4.0",
+                "@modelcontextprotocol/node@2.1.2",
+                "@modelcontextprotocol/express@2.0.2",
+                "@modelcontextprotocol/client@2.4.0",
+                "express@5.2.1",
+                "zod@4.6.7",
+            )
+        )
+    ),
 }
 
 
