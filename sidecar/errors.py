@@ -19,9 +19,14 @@ class Reason(StrEnum):
     UNSUPPORTED_MEDIA = "unsupported_media"  # content type or encoding that MCP does not use
     TOO_LARGE = "too_large"
     MALFORMED = "malformed"  # not one unambiguous JSON-RPC message
+    HEADER_MISMATCH = "header_mismatch"  # a header that repeats the body says something else, or is missing
+    UNSUPPORTED_VERSION = "unsupported_version"  # a protocol revision that is not known here
     UNKNOWN_METHOD = "unknown_method"  # a JSON-RPC method outside the table of sidecar/core/message.py
+    UNKNOWN_TASK = "unknown_task"  # a task that is not the caller's
+    UNSOLICITED = "unsolicited"  # an answer that nobody asked for, or a cancellation of what is not the caller's
     DENIED = "denied"
     THROTTLED = "throttled"
+    NOT_SENT = "not_sent"  # itself in order, but another message of its batch was refused
     UPSTREAM = "upstream"  # the server behind us did not answer as HTTP demands
     FAULT = "fault"  # a defect of ours
 
@@ -35,9 +40,11 @@ class Refusal(Exception):  # noqa: N818 - not an error: the expected answer to a
         detail: for the operator's audit record and log only.
         retry_after_s: seconds until a retry can succeed, for THROTTLED and NOT_READY.
         id: the JSON-RPC id to answer, once it is known.
+        revision: the protocol revision to answer in (sidecar/core/revision.py), once it is known.
     """
 
     id: str | int | None = None
+    revision: str | None = None
 
     def __init__(self, reason: Reason, public: str, *, detail: str = "", retry_after_s: int | None = None) -> None:
         super().__init__(reason, public, detail)

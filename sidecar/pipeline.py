@@ -8,11 +8,14 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
+from sidecar.core.agreement import ParamHeaders
 from sidecar.core.authorise import Agent, Engine, Question, authorise
 from sidecar.core.connection import Connection, check_origin
 from sidecar.core.identity import Trust, authenticate
 from sidecar.core.limits import Admission, Buckets, admit
 from sidecar.core.message import Message, Shape, parse
+from sidecar.core.ownership import Owned, endpoints, tasks
+from sidecar.core.pending import Pending
 from sidecar.core.profile import Profile
 from sidecar.core.session import Sessions
 from sidecar.core.trace import of_message
@@ -39,10 +42,15 @@ class Snapshot:
 
 @dataclass(slots=True, kw_only=True)
 class Memory:
-    """What outlives a request. Mutated by `judge` and `remember` only."""
+    """What outlives a request. Mutated by the functions of this module only."""
 
     sessions: Sessions = field(default_factory=Sessions)
     buckets: Buckets = field(default_factory=Buckets)
+    tasks: Owned = field(default_factory=tasks)
+    endpoints: Owned = field(default_factory=endpoints)  # path and query, while their stream lasts (2024-11-05)
+    asked: Pending = field(default_factory=Pending)  # requests of the server that were passed on to a client
+    calls: Pending = field(default_factory=Pending)  # requests of clients without a session that are under way
+    param_headers: ParamHeaders = field(default_factory=ParamHeaders)  # as the tools' schemas annotate them
 
 
 class Observer(Protocol):
@@ -79,6 +87,8 @@ def judge(exchange: Exchange, snapshot: Snapshot, memory: Memory, *, now_s: floa
     )
     permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)
     admission = exchange.admission = admit(permit, snapshot.profile.limits, memory.buckets, clock_s)
+    if exchange.session_id is None and message.shape is Shape.REQUEST and message.id is not None:
+        memory.calls.add(scope(exchange), message.id)
     return admission
 
 
@@ -153,3 +163,20 @@ def remember(exchange: Exchange, status: int, session_id: str | None, memory: Me
         exchange.session_id = session_id
     elif exchange.session_id is not None and (status == 404 or (message.shape is Shape.CLOSE_SESSION and status < 300)):
         memory.sessions.close(exchange.session_id)
+
+
+def release(exchange: Exchange, memory: Memory) -> None:
+    """Forget what was kept while *exchange* was under way; it is over."""
+    message, principal = exchange.message, exchange.principal
+    if exchange.admission is None or message is None or principal is None or message.id is None:
+        return
+    if exchange.session_id is None and message.shape is Shape.REQUEST:
+        memory.calls.remove(scope(exchange), message.id)
+
+
+def scope(exchange: Exchange) -> str:
+    """Return within what the ids of requests are the exchange's own: its session, or its principal where it has none."""
+    if exchange.session_id is not None:
+        return f"session {exchange.session_id}"
+    assert exchange.principal is not None  # noqa: S101 - asked of what was authenticated
+    return f"principal {exchange.principal.key}"

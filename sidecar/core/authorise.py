@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sidecar.core.identity import Principal
-from sidecar.core.message import Listing, Message, Prompt, Resource, Tool
+from sidecar.core.message import Ask, Listing, Message, Prompt, Resource, Task, Tool
 from sidecar.core.profile import Server
 from sidecar.errors import Reason, Refusal
 
@@ -75,6 +75,9 @@ class Question:
             "tool": {"name": target.name, "args": target.arguments} if isinstance(target, Tool) else None,
             "prompt": {"name": target.name, "args": target.arguments} if isinstance(target, Prompt) else None,
             "resource": {"uri": target.uri} if isinstance(target, Resource) else None,
+            "elicitation": {"mode": target.mode, "url": target.url}
+            if isinstance(target, Ask) and target.method == "elicitation/create"
+            else None,
             "request": {
                 "time": self.time_ns,
                 "protocol_version": self.protocol_version,
@@ -143,10 +146,16 @@ def authorise(question: Question, engines: Sequence[Engine], revision: str) -> P
     return Permit(question=question, policies=verdict.policies, revision=revision)
 
 
-def visible(permit: Permit, targets: Sequence[Tool | Prompt | Resource], engines: Sequence[Engine]) -> Sequence[bool]:
+def visible(
+    permit: Permit, targets: Sequence[Tool | Prompt | Resource | Task], engines: Sequence[Engine]
+) -> Sequence[bool]:
     """Return, for each of *targets*, whether the permit's principal could call it with some arguments.
 
     The arguments are empty: a rule that forbids some arguments must not hide the tool from those who call it without.
+    A task is nobody's here: whose it is, no engine knows.
     """
     asked = permit.question
-    return [judge(replace(asked, message=asked.message.about(target)), engines).allowed for target in targets]
+    return [
+        not isinstance(target, Task) and judge(replace(asked, message=asked.message.about(target)), engines).allowed
+        for target in targets
+    ]

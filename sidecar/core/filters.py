@@ -12,7 +12,7 @@ from typing import Any, Final, assert_never
 import msgspec
 
 from sidecar.core.authorise import Engine, Permit, visible
-from sidecar.core.message import Listing, Prompt, Resource, Tool
+from sidecar.core.message import Listing, Prompt, Resource, Task, Tool
 from sidecar.errors import Reason, Refusal
 
 
@@ -47,6 +47,7 @@ class _Item(msgspec.Struct, rename="camel"):
     name: str = ""
     uri: str = ""
     uri_template: str = ""
+    task_id: str = ""
 
 
 PRIVATE: Final = msgspec.Raw(b'"private"')
@@ -113,7 +114,7 @@ def _filtered(data: bytes, permit: Permit, engines: Sequence[Engine]) -> tuple[b
     return msgspec.json.encode(message), hidden
 
 
-def _target(raw: msgspec.Raw, listing: Listing) -> Tool | Prompt | Resource:
+def _target(raw: msgspec.Raw, listing: Listing) -> Tool | Prompt | Resource | Task:
     item = _item.decode(raw)
     none: dict[str, Any] = {}
     match listing:
@@ -125,4 +126,6 @@ def _target(raw: msgspec.Raw, listing: Listing) -> Tool | Prompt | Resource:
             return Resource(uri=item.uri)
         case Listing.TEMPLATES:
             return Resource(uri=item.uri_template)
+        case Listing.TASKS:
+            return Task(id=item.task_id)
     assert_never(listing)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.core.revision import UNSAID, Revision
 from sidecar.errors import Reason, Refusal
 
 MAX_DEPTH: Final = 64  # nesting levels; SDKs' own parsers stop between 100 and 1000, engines at about 120
@@ -69,6 +70,45 @@ class Resource:
         return f"resource {self.uri!r}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task of the server's, by its id; the right to it is to own it (sidecar/core/ownership.py)."""
+
+    id: str
+
+    @property
+    def label(self) -> str:
+        """Return what a refusal calls it."""
+        return f"task {self.id!r}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscription:
+    """What a client wants to be told of: each resource as if it were read, each task as if it were got."""
+
+    resources: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Return what a refusal calls it."""
+        return "this subscription"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request of the server's to the client: sampling, elicitation, roots. *mode* and *url* are an elicitation's."""
+
+    method: str
+    mode: str | None = None
+    url: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Return what a refusal calls it."""
+        return "the client"
+
+
 class Listing(StrEnum):
     """A listing, named after the member of its result that holds the items."""
 
@@ -76,9 +116,10 @@ class Listing(StrEnum):
     PROMPTS = "prompts"
     RESOURCES = "resources"
     TEMPLATES = "resourceTemplates"
+    TASKS = "tasks"
 
 
-Target = Tool | Prompt | Resource | Listing | None
+Target = Tool | Prompt | Resource | Task | Subscription | Ask | Listing | None
 RequestId = str | int
 
 
@@ -91,11 +132,13 @@ class Message:
     id: RequestId | None = None
     target: Target = None
     params: Mapping[str, Any]
-    body: bytes = b""
+    revision: Revision = UNSAID
+    body: bytes = b""  # that carried it; a batch's, for each of its messages
 
-    def about(self, target: Tool | Prompt | Resource) -> "Message":
-        """Return the message by which a client would use *target*."""
-        return Message(shape=Shape.REQUEST, method=_USE[type(target)], target=target, params={})
+    def about(self, target: Tool | Prompt | Resource | Ask) -> "Message":
+        """Return the message by which a client would use *target*, or by which the server asks the client."""
+        method = target.method if isinstance(target, Ask) else _USE[type(target)]
+        return Message(shape=Shape.REQUEST, method=method, target=target, params={}, revision=self.revision)
 
 
 _USE: Final = {Tool: "tools/call", Prompt: "prompts/get", Resource: "resources/read"}

@@ -15,7 +15,7 @@ from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Memory, Observer, Snapshot, judge, remember
+from sidecar.pipeline import Memory, Observer, Snapshot, judge, release, remember
 from sidecar.shell import tracing
 from sidecar.shell.upstream import Call, Sink, Upstream
 
@@ -140,6 +140,7 @@ class Serving:
     def observe(self, exchange: Exchange) -> None:
         """Tell every observer; one exchange, once."""
         self.in_flight -= 1
+        release(exchange, self.memory)
         for observer in self._observers:
             try:
                 observer.observe(exchange)

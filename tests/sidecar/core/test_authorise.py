@@ -151,6 +151,7 @@ def test_the_document_says_who_what_and_where() -> None:
         "tool": {"name": "read_schema", "args": {"table": "t"}},
         "prompt": None,
         "resource": None,
+        "elicitation": None,
         "request": {"time": question.time_ns, "protocol_version": None, "trace_id": None},
         "delegation": [],
     }

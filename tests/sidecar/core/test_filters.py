@@ -42,7 +42,7 @@ def a_list(items: str, *, member: str = "tools", rest: str = "") -> bytes:
     return f'{{"jsonrpc":"2.0","id":7,"result":{{"{member}":[{items}]{rest}}}}}'.encode()
 
 
-@given(ITEMS, st.sampled_from([None, 2]), st.sampled_from(list(Listing)))
+@given(ITEMS, st.sampled_from([None, 2]), st.sampled_from([each for each in Listing if each is not Listing.TASKS]))
 def test_what_stays_keeps_its_order_and_its_bytes(
     items: list[dict[str, Any]], indent: int | None, listing: Listing
 ) -> None:

@@ -30,6 +30,11 @@ def body_of(refusal: Refusal, message: Message | None) -> dict[str, Any]:
         (Reason.FAULT, 200, -32603),
         (Reason.UNKNOWN_METHOD, 200, -32601),
         (Reason.MALFORMED, 200, -32602),
+        (Reason.UNKNOWN_TASK, 200, -32602),
+        (Reason.UNSOLICITED, 200, 403),
+        (Reason.NOT_SENT, 200, 424),
+        (Reason.HEADER_MISMATCH, 400, -32020),
+        (Reason.UNSUPPORTED_VERSION, 400, -32022),
         (Reason.UNAUTHENTICATED, 401, 401),
         (Reason.FORBIDDEN_CALLER, 403, 403),
         (Reason.NOT_FOUND, 404, 404),
@@ -61,10 +66,10 @@ def test_every_reason_is_tried_above() -> None:
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_codes_stay_out_of_the_protocols_range(reason: Reason) -> None:
-    """But for those that JSON-RPC itself defines."""
+    """But for those that JSON-RPC and MCP themselves define."""
     code = body_of(Refusal(reason, "x"), CALL)["error"]["code"]
 
-    assert code in (-32600, -32601, -32602, -32603) or not -32768 <= code <= -32000
+    assert code in (-32600, -32601, -32602, -32603, -32020, -32022) or not -32768 <= code <= -32000
 
 
 @pytest.mark.parametrize("request_id", [0, -1, 2**63 - 1, "", "1", "\u2028"])
