@@ -23,6 +23,7 @@ class Event:
 
     raw: bytes
     data: bytes | None
+    endpoint: bytes | None = None  # where to post, when it is 2024-11-05's announcement
 
     def replaced(self, data: bytes) -> bytes:
         """Return the event's bytes with *data* in place of its own; ids, retry and comments stay."""
@@ -83,6 +84,14 @@ def _event(raw: bytes) -> Event:
         elif name == b"event":
             kind = value
     text = b"\n".join(data)
-    # Go's client trims the type. An event without data primes a client for resumption (MCP 2025-11-25).
-    is_message = kind.strip() in (b"message", b"") and bool(text.strip())
+    kind = kind.strip()  # as Go's client does
+    if kind == b"endpoint":
+        return Event(raw=raw, data=None, endpoint=text)
+    # An event without data primes a client for resumption (MCP 2025-11-25).
+    is_message = kind in (b"message", b"") and bool(text.strip())
     return Event(raw=raw, data=text if is_message else None)
+
+
+def message(data: bytes) -> bytes:
+    """Return an event of our own that carries *data*, which has no line breaks."""
+    return b"event: message\ndata: " + data + b"\n\n"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.sse import MAX_EVENT_BYTES, BadStream, Event, Splitter
+from sidecar.core.sse import MAX_EVENT_BYTES, BadStream, Event, Splitter, message
 
 LINE = st.sampled_from(
     [
@@ -83,7 +83,6 @@ def test_each_event_is_given_as_soon_as_it_is_whole() -> None:
         (b"event: message \ndata: 1\n\n", b"1"),
         (b"event:\ndata: 1\n\n", b"1"),
         (b"event: other\nevent: message\ndata: 1\n\n", b"1"),
-        (b"event: endpoint\ndata: /messages\n\n", None),
         (b": ping\n\n", None),
         (b"id: 1\nretry: 5\n\n", None),
         (b"id: 1\ndata:\n\n", None),
@@ -95,6 +94,19 @@ def test_each_event_is_given_as_soon_as_it_is_whole() -> None:
 def test_only_messages_have_data(raw: bytes, data: bytes | None) -> None:
     """What some client would read as a message is one; comments, primers and other events are not."""
     assert split(raw) == [Event(raw=raw, data=data)]
+
+
+@pytest.mark.parametrize("kind", [b"endpoint", b" endpoint "])
+def test_an_endpoint_is_no_message(kind: bytes) -> None:
+    """It says where to post (2024-11-05)."""
+    raw = b"event:" + kind + b"\ndata: /messages?x=1\n\n"
+
+    assert split(raw) == [Event(raw=raw, data=None, endpoint=b"/messages?x=1")]
+
+
+def test_a_message_of_our_own_reads_as_one() -> None:
+    """By every client."""
+    assert [each.data for each in split(message(b'{"id":7}'))] == [b'{"id":7}']
 
 
 @pytest.mark.parametrize(
