@@ -57,9 +57,8 @@ class EmbeddedDomain:
         self._svid_lifetime = svid_lifetime
         self._now = now
         self._authorities: tuple[Authority, ...] = ()
-        self._token_key = make_key()
-        self._token_kid = f"{x509.random_serial_number():x}"
         self.rotate_authority()
+        self.rotate_token_key()
 
     @property
     def bundle_der(self) -> bytes:
@@ -77,6 +76,11 @@ class EmbeddedDomain:
             trust_domain=self.trust_domain,
         )
         self._authorities = (*self._authorities[-1:], made)
+
+    def rotate_token_key(self) -> None:
+        """Sign tokens with a new key from now on; the one before is believed no longer."""
+        self._token_key = make_key()
+        self._token_kid = f"{x509.random_serial_number():x}"
 
     def issue(self, spiffe_id: SpiffeId, *, hint: str = "") -> Any:
         """Return a fresh X509SVID message for *spiffe_id*; foreign IDs are signed as well, for tests of forgery."""
@@ -211,9 +215,13 @@ class EmbeddedWorkloadApi:
         """Serve one FetchX509SVID stream: the state now, and again at every change."""
         _require_header(stream)
         await stream.recv_message()
+        await self._tell(stream, lambda: self._response)
+
+    async def _tell(self, stream: _Stream, state: Callable[[], Any]) -> None:
+        """Send the *state* now and again at every change, until there is none to be told."""
         while not self._denied:
             changed = self._changed
-            await stream.send_message(self._response)
+            await stream.send_message(state())
             try:
                 await changed.wait()
             except asyncio.CancelledError:
@@ -243,16 +251,17 @@ class EmbeddedWorkloadApi:
         await stream.send_message(messages.JWTSVIDResponse(svids=svids))
 
     async def _fetch_jwt_bundles(self, stream: _Stream) -> None:
-        """Serve one FetchJWTBundles stream; the keys live as long as the process."""
+        """Serve one FetchJWTBundles stream: the keys now, and again at every change."""
         _require_header(stream)
         await stream.recv_message()
-        if self._denied:
-            raise GRPCError(Status.PERMISSION_DENIED, "no identity issued")
-        bundles = {
-            f"spiffe://{domain.trust_domain}": domain.token_bundle for domain in (self._domain, *self._federated)
-        }
-        await stream.send_message(messages.JWTBundlesResponse(bundles=bundles))
-        await asyncio.Event().wait()
+        await self._tell(stream, self._token_bundles)
+
+    def _token_bundles(self) -> Any:
+        return messages.JWTBundlesResponse(
+            bundles={
+                f"spiffe://{domain.trust_domain}": domain.token_bundle for domain in (self._domain, *self._federated)
+            }
+        )
 
     def __mapping__(self) -> dict[str, Handler]:
         """Return the methods served, as grpclib asks for them."""

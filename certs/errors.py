@@ -8,6 +8,7 @@ from enum import StrEnum
 __all__ = [
     "BadCertificate",
     "BadSpiffeId",
+    "BadToken",
     "CertsError",
     "Expired",
     "PeerReason",
@@ -56,6 +57,10 @@ class BadSpiffeId(CertsError):  # noqa: N818 - the names say what is wrong; the 
 
 class BadCertificate(CertsError):  # noqa: N818 - same
     """Our own certificate, key or trust anchor cannot be used."""
+
+
+class BadToken(CertsError):  # noqa: N818 - same
+    """A caller's JWT-SVID proves no identity."""
 
 
 class UntrustedChain(CertsError):  # noqa: N818 - same

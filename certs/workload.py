@@ -9,12 +9,13 @@ Source: SPIFFE Workload API, sections 4 to 6; back-off after go-spiffe.
 import asyncio
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from grpclib.client import Channel, UnaryStreamMethod
 from grpclib.const import Status
@@ -25,7 +26,7 @@ from certs.messages import METADATA, METHODS, messages
 from certs.spiffe import SpiffeId
 from certs.svid import X509Snapshot
 
-__all__ = ["Selection", "Timing", "WorkloadState", "X509Source", "agent_errors", "socket_path"]
+__all__ = ["Selection", "Timing", "WorkloadState", "WorkloadStream", "X509Source", "agent_errors", "socket_path"]
 
 Subscriber = Callable[[X509Snapshot | None], None]
 
@@ -113,8 +114,77 @@ def agent_errors(path: str) -> Iterator[None]:
         raise WorkloadApiError(WorkloadReason.NO_AGENT, f"{path}: {error}") from error
 
 
-class X509Source:
+class WorkloadStream(ABC):
+    """One stream of the Workload API, opened again whenever it ends, fails or falls silent."""
+
+    METHOD: ClassVar[tuple[str, Any, Any]]
+    """Name, request and response of the method."""
+
+    def __init__(self, address: str, timing: Timing | None) -> None:
+        self._path = socket_path(address)
+        self._timing = timing or Timing()
+        self._lost = _Backoff(self._timing.lost_min_s, self._timing.lost_max_s)
+        self._denied = _Backoff(self._timing.denied_min_s, self._timing.denied_max_s)
+
+    async def run(self) -> None:
+        """Follow until cancelled. Belongs into the process's TaskGroup."""
+        while True:
+            # Each stream in a task of its own: grpclib reports a lost stream by cancelling whoever waits on it,
+            # and a cancellation of ours in the same moment would be lost with it.
+            async with asyncio.TaskGroup() as tasks:
+                stream = tasks.create_task(self._follow_stream(), name="workload-api-stream")
+            waits = self._denied if stream.result() in _ANSWERED_NO else self._lost
+            await asyncio.sleep(waits.next_s())
+
+    @abstractmethod
+    def _accept(self, update: Any) -> None:
+        """Take *update* over when all of it is good; else note the trouble and go on."""
+
+    @abstractmethod
+    def _note(self, trouble: WorkloadApiError) -> None:
+        """Know why there is no stream, or none to be used."""
+
+    @abstractmethod
+    def _patience_s(self) -> float:
+        """Return how long the stream may be silent."""
+
+    def _be_content(self) -> None:
+        """Begin the waits anew: the agent has said something good."""
+        self._lost.reset()
+        self._denied.reset()
+
+    async def _follow_stream(self) -> WorkloadReason:
+        """Take in what one stream brings until it ends. Returns why it ended."""
+        channel = Channel(path=self._path)
+        try:
+            with agent_errors(self._path):
+                await self._receive(channel)
+        except WorkloadApiError as trouble:
+            self._note(trouble)
+            return trouble.reason
+        finally:
+            channel.close()
+
+    async def _receive(self, channel: Channel) -> NoReturn:
+        name, request, response = self.METHOD
+        method = UnaryStreamMethod(channel, METHODS + name, request, response)
+        async with method.open(metadata=METADATA) as stream:
+            async with asyncio.timeout(self._timing.dial_s):
+                await stream.send_message(request(), end=True)
+                update = await stream.recv_message()
+            while update is not None:
+                self._accept(update)
+                async with asyncio.timeout(self._patience_s()):
+                    update = await stream.recv_message()
+            async with asyncio.timeout(self._timing.dial_s):
+                await stream.recv_trailing_metadata()  # raises the status that ended the stream, unless it is OK
+        raise WorkloadApiError(WorkloadReason.NO_AGENT, "agent closed the stream")
+
+
+class X509Source(WorkloadStream):
     """The current X.509-SVID and bundles. Mutated by `run` alone, on the loop that runs it."""
+
+    METHOD = ("FetchX509SVID", messages.X509SVIDRequest, messages.X509SVIDResponse)
 
     def __init__(
         self,
@@ -124,9 +194,8 @@ class X509Source:
         timing: Timing | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._path = socket_path(address)
+        super().__init__(address, timing)
         self._selection = selection or Selection()
-        self._timing = timing or Timing()
         self._now = now
         self._snapshot: X509Snapshot | None = None
         self._trouble: WorkloadApiError | None = None
@@ -134,8 +203,6 @@ class X509Source:
         self._subscribers: list[Subscriber] = []
         self._ready = asyncio.Event()
         self._expiry: asyncio.TimerHandle | None = None
-        self._lost = _Backoff(self._timing.lost_min_s, self._timing.lost_max_s)
-        self._denied = _Backoff(self._timing.denied_min_s, self._timing.denied_max_s)
 
     @property
     def current(self) -> X509Snapshot | None:
@@ -183,43 +250,9 @@ class X509Source:
     async def run(self) -> None:
         """Keep the snapshot current until cancelled. Belongs into the process's TaskGroup."""
         try:
-            while True:
-                # Each stream in a task of its own: grpclib reports a lost stream by cancelling whoever waits on it,
-                # and a cancellation of ours in the same moment would be lost with it.
-                async with asyncio.TaskGroup() as tasks:
-                    stream = tasks.create_task(self._follow_stream(), name="workload-api-stream")
-                waits = self._denied if stream.result() in _ANSWERED_NO else self._lost
-                await asyncio.sleep(waits.next_s())
+            await super().run()
         finally:
             self._unwatch_expiry()
-
-    async def _follow_stream(self) -> WorkloadReason:
-        """Take in what one stream brings until it ends. Returns why it ended."""
-        channel = Channel(path=self._path)
-        try:
-            with agent_errors(self._path):
-                await self._receive(channel)
-        except WorkloadApiError as trouble:
-            self._note(trouble)
-            return trouble.reason
-        finally:
-            channel.close()
-
-    async def _receive(self, channel: Channel) -> NoReturn:
-        method = UnaryStreamMethod(
-            channel, f"{METHODS}FetchX509SVID", messages.X509SVIDRequest, messages.X509SVIDResponse
-        )
-        async with method.open(metadata=METADATA) as stream:
-            async with asyncio.timeout(self._timing.dial_s):
-                await stream.send_message(messages.X509SVIDRequest(), end=True)
-                update = await stream.recv_message()
-            while update is not None:
-                self._accept(update)
-                async with asyncio.timeout(self._patience_s()):
-                    update = await stream.recv_message()
-            async with asyncio.timeout(self._timing.dial_s):
-                await stream.recv_trailing_metadata()  # raises the status that ended the stream, unless it is OK
-        raise WorkloadApiError(WorkloadReason.NO_AGENT, "agent closed the stream")
 
     def _patience_s(self) -> float:
         """Return how long the stream may be silent: agents renew at half life, so at two thirds something is wrong."""
@@ -250,8 +283,7 @@ class X509Source:
             self._ready.set()
             self._watch_expiry(snapshot)
         self._trouble = None
-        self._lost.reset()
-        self._denied.reset()
+        self._be_content()
 
     def _choose(self, svids: Sequence[Any]) -> Any:
         """Return the X509SVID message that is ours. Raises WorkloadApiError."""
