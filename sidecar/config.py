@@ -95,6 +95,10 @@ class Settings:
     hosts: str = setting_of(str, "Comma-separated authorities under which callers know this server, for Host and Origin checks; empty: any Host, no Origin.", default="")  # fmt: skip # noqa: E501
     spiffe_socket: str = setting_of(str, "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; empty: no workload identity.", default="")  # fmt: skip # noqa: E501
     spiffe_id: str = setting_of(str, "SPIFFE ID to use when the agent offers several; empty: the only one.", default="")
+    spiffe_hint: str = setting_of(str, "Hint of the SVID to use, likewise; with both, both must match.", default="")
+    jwt_bundle_max_age_s: float = setting_of(number(1, 86_400), "Seconds for which keys of JWT-SVIDs are believed after the SPIFFE agent last confirmed them; at most a sixth of the CA's life is advised.", default=900.0)  # fmt: skip # noqa: E501
+    connection_max_age_s: float = setting_of(number(1, 2**31), "Seconds after which a connection is closed with the next answer, however long its SVIDs live.", default=3600.0)  # fmt: skip # noqa: E501
+    connection_grace_s: float = setting_of(number(0, 3600), "Seconds for which a call under way may go on after its caller's SVID has ended.", default=30.0)  # fmt: skip # noqa: E501
     control_plane: str = setting_of(str, "Base URL of the control plane's bundle endpoint.", default="")
     control_plane_id: str = setting_of(str, "SPIFFE ID that the control plane must show.", default="")
     bundle_keys: str = setting_of(str, "Public keys (PEM, one after the other) one of which must have signed the bundle.", default="")  # fmt: skip # noqa: E501

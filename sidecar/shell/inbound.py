@@ -204,7 +204,7 @@ class Inbound(asyncio.Protocol):
         hosts = names.count(b"host")
         if hosts > 1 or (hosts == 0 and self._speaks_1_1):
             raise Refusal(Reason.MALFORMED, "Host must be given once")
-        if self._peer is None and self._serving.demands_svid:
+        if self._peer is None and self._serving.demands_svid(names):
             raise svid_required()  # before the body: nobody in particular must not fill our memory
         if b"transfer-encoding" in names:
             codings = [value.lower() for name, value in self._headers if name == b"transfer-encoding"]

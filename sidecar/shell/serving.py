@@ -13,6 +13,7 @@ from sidecar.core import trace
 from sidecar.core.authorise import Engine
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey
+from sidecar.core.workload import HEADER
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Memory, Observer, Snapshot, judge, release, remember
@@ -69,10 +70,12 @@ class Serving:
         """Return the cap of a request's body."""
         return DEFAULT_MAX_BODY_BYTES if self.snapshot is None else self.snapshot.profile.server.max_body_bytes
 
-    @property
-    def demands_svid(self) -> bool:
-        """Say whether a caller without SVID is refused whatever it asks."""
-        return self.snapshot is not None and self.snapshot.profile.identity.mtls == "strict"
+    def demands_svid(self, names: Sequence[bytes]) -> bool:
+        """Say whether a caller without certificate is refused whatever it asks; *names* are those of its headers."""
+        if self.snapshot is None:
+            return False
+        identity = self.snapshot.profile.identity
+        return identity.mtls == "strict" and (identity.jwt_svid == "off" or HEADER not in names)
 
     def begin(self, connection: Connection) -> Exchange:
         """Return the record of a request that has just come."""

@@ -15,6 +15,7 @@ from sidecar.core.authorise import Engine
 from sidecar.core.bundle import Bundle
 from sidecar.core.engines import engines
 from sidecar.core.identity import Keys, trust
+from sidecar.core.workload import WorkloadTokens
 from sidecar.errors import BundleError
 from sidecar.pipeline import Snapshot
 from sidecar.shell.serving import Serving
@@ -35,6 +36,7 @@ class Snapshots:
         self._bundle: Bundle | None = None
         self._engines: tuple[Engine, ...] = ()
         self._keys: Keys = {}
+        self._tokens: WorkloadTokens | None = None
 
     async def activate(self, bundle: Bundle) -> None:
         """Put *bundle* in force; raises BundleError, and then the one before stays in force."""
@@ -48,6 +50,11 @@ class Snapshots:
         self._keys = keys
         self._publish()
 
+    def use_tokens(self, tokens: WorkloadTokens | None) -> None:
+        """Believe JWT-SVIDs that *tokens* prove, and no others."""
+        self._tokens = tokens
+        self._publish()
+
     def _publish(self) -> None:
         if self._bundle is None:
             return
@@ -56,7 +63,7 @@ class Snapshots:
             profile=profile,
             revision=self._bundle.revision,
             engines=self._engines,
-            trust=trust(profile.identity, self._keys),
+            trust=trust(profile.identity, self._keys, self._tokens),
             hosts=self._hosts,
         )
 
