@@ -13,6 +13,7 @@ class Reason(StrEnum):
 
     NOT_READY = "not_ready"  # no valid identity or no policy bundle: nothing may be judged, so nothing passes
     UNAUTHENTICATED = "unauthenticated"  # no identity, or one that does not verify
+    INSUFFICIENT_SCOPE = "insufficient_scope"  # policy allows it, the token lacks a scope that its user can ask for
     FORBIDDEN_CALLER = "forbidden_caller"  # a verified workload that may not call this server
     NOT_FOUND = "not_found"  # not the MCP endpoint, or a session that is not the caller's
     METHOD_NOT_ALLOWED = "method_not_allowed"  # an HTTP method that MCP does not use
@@ -28,6 +29,7 @@ class Reason(StrEnum):
     THROTTLED = "throttled"
     NOT_SENT = "not_sent"  # itself in order, but another message of its batch was refused
     UPSTREAM = "upstream"  # the server behind us did not answer as HTTP demands
+    PROVIDER = "provider"  # the identity provider gave no token for the server behind us
     FAULT = "fault"  # a defect of ours
 
 
@@ -41,10 +43,12 @@ class Refusal(Exception):  # noqa: N818 - not an error: the expected answer to a
         retry_after_s: seconds until a retry can succeed, for THROTTLED and NOT_READY.
         id: the JSON-RPC id to answer, once it is known.
         revision: the protocol revision to answer in (sidecar/core/revision.py), once it is known.
+        headers: what HTTP must say beside the status, such as WWW-Authenticate.
     """
 
     id: str | int | None = None
     revision: str | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
     def __init__(self, reason: Reason, public: str, *, detail: str = "", retry_after_s: int | None = None) -> None:
         super().__init__(reason, public, detail)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.core.identity import User
+from sidecar.core.claims import User
 from sidecar.core.message import Message, Prompt, Resource, Tool
 from sidecar.core.profile import Audit
 from sidecar.core.redaction import Content, redact

@@ -9,8 +9,9 @@ import orjson
 from certs.spiffe import SpiffeId
 from certs.verify import Peer
 from sidecar.core.authorise import Agent, Engine, Permit, Question
+from sidecar.core.claims import User
 from sidecar.core.connection import Connection
-from sidecar.core.identity import Keys, Principal, User, trust
+from sidecar.core.identity import Keys, Principal, trust
 from sidecar.core.limits import Admission
 from sidecar.core.message import Message, Shape, parse
 from sidecar.core.profile import Identity, Limit, Profile, Server

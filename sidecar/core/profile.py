@@ -15,6 +15,8 @@ FORMAT: Literal[1] = 1
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=512)]
+Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=2048)]
+Scope = Annotated[str, msgspec.Meta(pattern=r"^[!#-\[\]-~]+\Z", max_length=512)]  # RFC 6749, 3.3: one token of a scope
 Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
 
 
@@ -39,13 +41,28 @@ class Server(Record, frozen=True, kw_only=True):
 
 
 class ClaimPaths(Record, frozen=True, kw_only=True):
-    """Which claim of an access token becomes which field of `input.user`; dots step into objects."""
+    """Which claim of an access token becomes which field of `input.user`; dots step into objects.
 
-    id: str = "sub"
+    Several paths stand with a space between them: the first that holds something counts, of lists all of them do.
+    """
+
+    id: str = "sub"  # one path only: two would mix two name spaces of users
     email: str = "email"
     role: str = "role"
     roles: str = "roles"
     groups: str = "groups"
+    scopes: str = "scope scp"  # a list, or text with spaces; scp is what Entra ID and Okta write
+
+
+class Client(Record, frozen=True, kw_only=True):
+    """How this workload proves to a provider's token and introspection endpoints who it is."""
+
+    id: str = ""  # client_id; empty: the SPIFFE ID (jwt_svid only)
+    method: Literal["jwt_svid", "private_key_jwt", "client_secret_basic", "client_secret_post"] = "jwt_svid"
+    assertion_type: str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # of a JWT-SVID; or …:jwt-spiffe
+    audience: str | None = None  # of the assertion; None: the issuer
+    file: str | None = None  # that holds the secret or the private key (PEM), in the sidecar's file system
+    key_id: str | None = None  # of the private key, where the provider knows several
 
 
 class Provider(Record, frozen=True, kw_only=True):
@@ -59,6 +76,30 @@ class Provider(Record, frozen=True, kw_only=True):
     algorithms: Annotated[tuple[Algorithm, ...], msgspec.Meta(min_length=1)] = ("RS256", "PS256", "ES256", "EdDSA")
     leeway_s: Annotated[int, msgspec.Meta(ge=0, le=120)] = 30
     claims: ClaimPaths = ClaimPaths()
+    id_tokens: bool = False  # also take ID tokens that name this server: Google issues no other JWTs
+    introspection: bool = False  # ask about opaque tokens (RFC 7662); at most one provider can, they name no issuer
+    introspection_endpoint: Url | None = None  # None: as discovered
+    token_endpoint: Url | None = None  # None: as discovered
+    client: Client | None = None  # needed to introspect and to exchange
+
+
+class StepUp(Record, frozen=True, kw_only=True):
+    """Scopes that some calls need; who lacks one is told which, and can ask the provider for it."""
+
+    scopes: Annotated[tuple[Scope, ...], msgspec.Meta(min_length=1)]
+    methods: tuple[str, ...] = ("tools/call",)
+    tools: tuple[str, ...] = ()  # by exact name, of a tools/call; empty: every message of these methods
+
+
+class TokenExchange(Record, frozen=True, kw_only=True):
+    """For which token the user's is exchanged before a call goes on to the server."""
+
+    provider: str  # one of `providers`, with a client
+    grant: Literal["token_exchange", "on_behalf_of"] = "token_exchange"  # RFC 8693; Entra ID's own
+    resource: str | None = None
+    audience: str | None = None
+    scopes: tuple[Scope, ...] = ()
+    actor: bool = False  # name this workload as the actor, by a JWT-SVID
 
 
 class Identity(Record, frozen=True, kw_only=True):
@@ -67,7 +108,31 @@ class Identity(Record, frozen=True, kw_only=True):
     mtls: Literal["strict", "permissive"] = "strict"  # permissive: callers without a SVID are let in as nobody
     user: Literal["required", "optional"] = "required"
     callers: tuple[str, ...] = ()  # SPIFFE ID patterns (certs.spiffe.SpiffePattern); empty: no workload may call
+    jwt_svid: Literal["off", "allowed"] = "off"  # whether a JWT-SVID in Sidegate-Workload-Token stands in for mTLS
     providers: tuple[Provider, ...] = ()
+    resource: Url | None = None  # the URL by which callers know this server (RFC 9728); None: no metadata, no DPoP
+    scopes: tuple[Scope, ...] = ()  # that every user's token must hold
+    step_up: tuple[StepUp, ...] = ()
+    dpop: Literal["optional", "required"] = "optional"  # required: only tokens bound to a key, by DPoP or by mTLS
+    dpop_nonce: bool = False  # proofs must carry a nonce of ours
+    upstream: Literal["none", "token", "exchange", "header"] = "none"  # what the server learns of the user
+    exchange: TokenExchange | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself; raises ValueError, which decoding turns into its own error."""
+        named = {each.name: each for each in self.providers}
+        if sum(each.introspection for each in self.providers) > 1:
+            raise ValueError("introspection: at most one provider, because an opaque token names no issuer")
+        if any(each.introspection and each.client is None for each in self.providers):
+            raise ValueError("introspection needs a client")
+        if self.resource is None and (self.dpop == "required" or self.dpop_nonce or self.upstream == "token"):
+            raise ValueError("resource is needed for dpop required, dpop_nonce and upstream token")
+        if (self.upstream == "exchange") != (self.exchange is not None):
+            raise ValueError("upstream exchange and the field exchange go together")
+        if self.exchange is not None:
+            provider = named.get(self.exchange.provider)
+            if provider is None or provider.client is None:
+                raise ValueError("exchange.provider must be one of providers, with a client")
 
 
 class Limit(Record, frozen=True, kw_only=True):

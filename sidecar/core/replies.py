@@ -23,12 +23,14 @@ CODES: Final[Mapping[Reason, tuple[int, int]]] = {
     Reason.UNSOLICITED: (200, 403),
     Reason.NOT_SENT: (200, 424),
     Reason.UPSTREAM: (200, -32603),
+    Reason.PROVIDER: (200, -32603),
     Reason.FAULT: (200, -32603),
     Reason.UNKNOWN_METHOD: (200, -32601),
     Reason.MALFORMED: (400, -32600),
     Reason.HEADER_MISMATCH: (400, -32020),
     Reason.UNSUPPORTED_VERSION: (400, -32022),
     Reason.UNAUTHENTICATED: (401, 401),
+    Reason.INSUFFICIENT_SCOPE: (403, 403),
     Reason.FORBIDDEN_CALLER: (403, 403),
     Reason.NOT_FOUND: (404, 404),
     Reason.METHOD_NOT_ALLOWED: (405, 405),
@@ -66,8 +68,9 @@ def answer(refusal: Refusal, message: Message | None) -> Response:
     if refusal.retry_after_s is not None:
         data["retryAfterSeconds"] = refusal.retry_after_s
         headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
-    if refusal.reason is Reason.UNAUTHENTICATED:
-        headers.append((b"www-authenticate", b'Bearer error="invalid_token"'))
+    headers += refusal.headers
+    if refusal.reason is Reason.UNAUTHENTICATED and not refusal.headers:
+        headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110, 11.6.1 demands one
     if refusal.reason is Reason.METHOD_NOT_ALLOWED:
         headers.append((b"allow", b"POST, GET, DELETE"))  # RFC 9110, 15.5.6
     error: dict[str, Any] = {"jsonrpc": "2.0", "error": {"code": code, "message": refusal.public, "data": data}}

@@ -21,6 +21,7 @@ import msgspec
 from certs.errors import CertsError
 from certs.tls import web_client_context
 from sidecar.core.identity import Keys, UnknownKey
+from sidecar.core.jwk import verifying_key
 from sidecar.core.profile import Provider
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ COOLDOWN_S: Final = 10.0  # between looks for an unknown key: anyone can send on
 FETCH_S: Final = 5.0
 MAX_DOCUMENT_BYTES: Final = 256 * 1024  # Entra ID's key set has 20 KB
 MAX_KEYS: Final = 64
-MIN_RSA_BITS: Final = 2048  # RFC 7518, section 3.3
 DISCOVERY: Final = "/.well-known/openid-configuration"
 
 
@@ -210,38 +210,14 @@ def _require_protected(url: str) -> None:
     raise ProviderError(f"{url}: must be https, or http on a loopback address")
 
 
-_CURVES: Final = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}  # RFC 7518, section 3.4
-
-
 def usable(described: Sequence[dict[str, Any]], provider: Provider) -> dict[str, jwt.PyJWK]:
     """Return those of a key set's keys that may have signed an access token, by id; raises ProviderError if none may."""
     keys: dict[str, jwt.PyJWK] = {}
     for each in described:
         kid = each.get("kid")
-        key = _key(each, provider)
+        key = verifying_key(each, provider.algorithms)
         if isinstance(kid, str) and kid and key is not None:
             keys.setdefault(kid, key)
     if not keys:
         raise ProviderError(f"no key with an id, for signatures, and with one of {', '.join(provider.algorithms)}")
     return keys
-
-
-def _key(described: dict[str, Any], provider: Provider) -> jwt.PyJWK | None:
-    """Return the key, or None for one that cannot have signed an access token."""
-    operations = described.get("key_ops", ["verify"])
-    if described.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
-        return None
-    if "d" in described:  # a private key that everybody can read proves nothing
-        return None
-    named = described.get("alg")
-    for algorithm in provider.algorithms if named is None else (named,):
-        if algorithm not in provider.algorithms:
-            return None
-        if described.get("crv") != _CURVES.get(algorithm, described.get("crv")):
-            continue  # the library would take a P-384 key for ES256
-        try:
-            key = jwt.PyJWK(described, algorithm)
-        except (jwt.PyJWTError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
-            continue  # of another kind than the algorithm's, or nonsense: the library checks little of it
-        return None if key.key_type == "RSA" and key.key.key_size < MIN_RSA_BITS else key
-    return None

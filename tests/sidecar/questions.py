@@ -11,7 +11,8 @@ from typing import Any
 
 from certs.spiffe import SpiffeId
 from sidecar.core.authorise import Agent, Question
-from sidecar.core.identity import Principal, User
+from sidecar.core.claims import User
+from sidecar.core.identity import Principal
 from sidecar.core.message import Message, Prompt, Resource, Shape, Tool
 from sidecar.core.profile import Server
 from tests.parts import part

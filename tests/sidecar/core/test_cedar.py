@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core.cedar import CedarEngine, translate
-from sidecar.core.identity import User
+from sidecar.core.claims import User
 from sidecar.core.message import Prompt, Resource
 from sidecar.core.projection import Projection
 from sidecar.errors import BundleError

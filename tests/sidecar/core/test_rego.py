@@ -6,7 +6,7 @@ import pytest
 import wasmtime
 
 from sidecar.core import rego
-from sidecar.core.identity import User
+from sidecar.core.claims import User
 from sidecar.core.projection import Projection
 from sidecar.core.rego import RegoEngine
 from sidecar.errors import BundleError

@@ -36,6 +36,8 @@ def body_of(refusal: Refusal, message: Message | None) -> dict[str, Any]:
         (Reason.HEADER_MISMATCH, 400, -32020),
         (Reason.UNSUPPORTED_VERSION, 400, -32022),
         (Reason.UNAUTHENTICATED, 401, 401),
+        (Reason.INSUFFICIENT_SCOPE, 403, 403),
+        (Reason.PROVIDER, 200, -32603),
         (Reason.FORBIDDEN_CALLER, 403, 403),
         (Reason.NOT_FOUND, 404, 404),
         (Reason.METHOD_NOT_ALLOWED, 405, 405),
@@ -130,7 +132,7 @@ def test_when_to_come_back_is_said_twice() -> None:
 @pytest.mark.parametrize(
     ("reason", "header"),
     [
-        (Reason.UNAUTHENTICATED, (b"www-authenticate", b'Bearer error="invalid_token"')),
+        (Reason.UNAUTHENTICATED, (b"www-authenticate", b"Bearer")),
         (Reason.METHOD_NOT_ALLOWED, (b"allow", b"POST, GET, DELETE")),
     ],
 )

@@ -1,0 +1,93 @@
+"""Tells callers where to get a token: the protected-resource metadata and the challenges that point to it.
+
+Everything comes from the profile, nothing from the request: a Host that nobody checked must not name the server. The MCP
+server's own metadata and challenges name another URL, and never pass. RFC 9728; RFC 6750, 3; RFC 9449, 7.1; MCP authorization.
+"""
+
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import orjson
+
+from sidecar.core.connection import Headers
+from sidecar.core.dpop import ALGORITHMS
+from sidecar.core.profile import Identity, Profile
+
+WELL_KNOWN: Final = "/.well-known/oauth-protected-resource"
+# Public by nature, asked for by browsers without credentials; the SDKs send MCP-Protocol-Version with it.
+CORS: Final[Headers] = (
+    (b"access-control-allow-origin", b"*"),
+    (b"access-control-allow-methods", b"GET, OPTIONS"),
+    (b"access-control-allow-headers", b"authorization, content-type, mcp-protocol-version"),
+    (b"access-control-max-age", b"86400"),
+)
+
+
+def location(resource: str) -> str:
+    """Return the URL of the metadata of *resource* (RFC 9728, 3.1: the path is inserted, not appended)."""
+    parts = urlsplit(resource)
+    return f"{parts.scheme}://{parts.netloc}{WELL_KNOWN}{parts.path.rstrip('/')}"
+
+
+def serves(profile: Profile, path: str) -> bool:
+    """Say whether the metadata is asked for at *path*.
+
+    At the root too, where some clients look only; and below the path inside the pod, where an ingress rewrites paths.
+    """
+    resource = profile.identity.resource
+    if resource is None or not path.startswith(WELL_KNOWN):
+        return False
+    rest = path[len(WELL_KNOWN) :].rstrip("/")
+    return rest in ("", urlsplit(resource).path.rstrip("/"), *profile.server.paths)
+
+
+def document(profile: Profile) -> bytes:
+    """Return the metadata as JSON; the profile must name its resource."""
+    identity = profile.identity
+    members: dict[str, Any] = {
+        "resource": identity.resource,
+        "authorization_servers": [each.issuer for each in identity.providers],
+        "bearer_methods_supported": ["header"],
+        "resource_name": profile.server.name,
+    }
+    scopes = dict.fromkeys((*identity.scopes, *(scope for rule in identity.step_up for scope in rule.scopes)))
+    if scopes:
+        members["scopes_supported"] = list(scopes)
+    if identity.dpop == "required":
+        members["dpop_bound_access_tokens_required"] = True
+    members["dpop_signing_alg_values_supported"] = ALGORITHMS
+    members["tls_client_certificate_bound_access_tokens"] = True
+    return orjson.dumps(members)
+
+
+def challenge(
+    identity: Identity, *, error: str | None = None, public: str = "", scopes: tuple[str, ...] = (), dpop: bool = False
+) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the WWW-Authenticate fields of a refusal.
+
+    Without *error*, no token was shown (RFC 6750, 3.1). *scopes* are all that the call needs; *dpop*: DPoP was tried.
+    """
+    parameters: dict[str, str] = {}
+    if identity.resource is not None:
+        parameters["resource_metadata"] = location(identity.resource)
+    wanted = scopes or identity.scopes
+    if wanted:
+        parameters["scope"] = " ".join(wanted)
+    if error is not None:
+        parameters["error"] = error
+        parameters["error_description"] = public
+    # Bearer first, because the SDKs look for the metadata there.
+    found = [_challenge("Bearer", parameters if not dpop else {**parameters, "error": None, "error_description": None})]
+    if dpop or identity.dpop == "required":
+        found.append(_challenge("DPoP", {**parameters, "algs": " ".join(ALGORITHMS)}))
+    return tuple((b"www-authenticate", each) for each in found)
+
+
+def _challenge(scheme: str, parameters: dict[str, Any]) -> bytes:
+    told = ", ".join(f'{name}="{_quoted(value)}"' for name, value in parameters.items() if value is not None)
+    return f"{scheme} {told}".strip().encode("latin-1", errors="replace")
+
+
+def _quoted(text: str) -> str:
+    """Return *text* as RFC 6750 lets it stand between quotes."""
+    return text.replace("\\", "").replace('"', "'")
