@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from certs.errors import CertsError
 from sidecar.errors import BundleError, ConfigError
-from webhook.cli import demo, run
+from webhook.cli import demo, inject, run
 from webhook.errors import WebhookError
 
-VERBS = (run, demo)
+VERBS = (run, inject, demo)
 TOLD = (ConfigError, BundleError, CertsError, WebhookError, OSError)  # somebody else's to mend; the rest is a defect
 
 

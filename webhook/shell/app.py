@@ -20,12 +20,9 @@ from certs.errors import BadCertificate
 from certs.spiffe import SpiffeId
 from certs.tls import MutualServer, ServingServer
 from certs.workload import X509Source
-from sidecar.config import Capture, LogLevel
-from sidecar.config import Settings as SidecarSettings
-from sidecar.core.profile import Audit, Telemetry
 from webhook.config import Settings
-from webhook.core.container import SPIFFE_DIR, Amounts, Template
-from webhook.core.effective import Defaults
+from webhook.core.cluster import defaults, template
+from webhook.core.container import Template
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON
 from webhook.core.resources import ServerProfileSpec
@@ -119,7 +116,7 @@ class App:
     async def _control(self) -> None:
         key = await self._signing_key()
         self._controller = Controller(self._bundles, self._compile_files, key, defaults(self._settings), self._metrics)
-        self._template = template(self._settings, self._version, key)
+        self._template = template(self._settings, self._version, public_pem(key))
         await self._controller.run(self._kube)
 
     async def _signing_key(self) -> ec.EllipticCurvePrivateKey:
@@ -187,46 +184,6 @@ class App:
         if self._rotation.leaf is not None:
             self._metrics.leaf_expiry.set(self._rotation.leaf.not_valid_after_utc.timestamp())
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-def template(settings: Settings, version: str, key: ec.EllipticCurvePrivateKey) -> Template:
-    """Return what pods are made of, by the operator's *settings*; *key* signs their bundles."""
-    return Template(
-        version=version,
-        revision=settings.revision,
-        image=settings.image,
-        image_pull_policy=settings.image_pull_policy,
-        image_pull_secrets=settings.image_pull_secrets,
-        capture=Capture(settings.capture),
-        weakest_capture=Capture(settings.weakest_capture),
-        excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
-        sidecar=SidecarSettings(
-            spiffe_socket=f"unix:{SPIFFE_DIR}/{settings.spiffe_socket.rpartition('/')[2]}",  # one driver serves both
-            control_plane=f"https://{settings.service}.{settings.namespace}.svc:8443",
-            control_plane_id=settings.control_plane_id,
-            bundle_keys=public_pem(key),
-            bundle_max_age_s=settings.bundle_max_age_s,
-            otlp_endpoint=settings.otlp_endpoint,
-            log_level=LogLevel(settings.sidecar_log_level),
-        ),
-        amounts=Amounts(
-            cpu_m=settings.sidecar_cpu,
-            cpu_limit_m=settings.sidecar_cpu_limit,
-            memory_bytes=settings.sidecar_memory,
-            memory_limit_bytes=settings.sidecar_memory_limit,
-        ),
-    )
-
-
-def defaults(settings: Settings) -> Defaults:
-    """Return what a workload gets that says nothing else."""
-    content = settings.audit_content
-    return Defaults(
-        mtls=settings.mtls,
-        user=settings.user,
-        audit=Audit(arguments=content, results=content),
-        telemetry=Telemetry(otlp_endpoint=settings.otlp_endpoint or None),
-    )
 
 
 def passes_golden_pod(template_: Template) -> bool:

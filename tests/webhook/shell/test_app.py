@@ -26,8 +26,9 @@ from tests.webhook.core.golden_cases import TEMPLATE
 from tests.webhook.kube_server import PODS, KubeServer
 from webhook.config import Settings
 from webhook.core import resources
+from webhook.core.cluster import defaults, template
 from webhook.shell import opa
-from webhook.shell.app import App, defaults, passes_golden_pod, template
+from webhook.shell.app import App, passes_golden_pod
 from webhook.shell.controllers import path_of
 from webhook.shell.rotate import public_pem
 
@@ -274,7 +275,7 @@ def test_template_is_what_the_settings_say() -> None:
         namespace="gate",
         capture="remap",
     )
-    made = template(settings, "1", key)
+    made = template(settings, "1", public_pem(key))
 
     assert made.sidecar.control_plane == "https://sidegate.gate.svc:8443"
     assert made.sidecar.control_plane_id == str(CONTROL_PLANE)
