@@ -6,8 +6,9 @@ Refuses framing that two parsers could read differently, and bodies and heads be
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final, cast
@@ -19,6 +20,7 @@ from certs.verify import Peer
 from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Connection, Headers, returned_headers
 from sidecar.core.identity import svid_required
+from sidecar.core.lifetime import is_stream
 from sidecar.core.replies import Response, answer
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
@@ -56,6 +58,8 @@ class Inbound(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._peer: Peer | None = None
+        self.opened_s = time.time()
+        self.is_retiring = False  # the next answer is the last one
         self._parser = httptools.HttpRequestParser(self)
         self._queue: deque[Request] = deque()
         self._turn: Turn | None = None
@@ -335,6 +339,25 @@ class Inbound(asyncio.Protocol):
         if self._transport is not None and data:
             self._transport.write(data)
 
+    @property
+    def peer(self) -> Peer | None:
+        """Return the verified workload at the other end."""
+        return self._peer
+
+    @property
+    def streams(self) -> Sequence[Exchange]:
+        """Return the exchanges under way, streams among them."""
+        return () if self._turn is None else self._turn.exchanges
+
+    def retire(self) -> None:
+        """Let the next answer be the last on this connection."""
+        self.is_retiring = True
+
+    def end_streams(self, why: str) -> None:
+        """End the stream under way, if it is one."""
+        if self._turn is not None and any(is_stream(each.message) for each in self.streams if each.message is not None):
+            self._turn.conclude(why)
+
     def drain(self) -> None:
         """Close as soon as nothing is under way."""
         if self._turn is None:
@@ -389,6 +412,21 @@ class Turn:
             self._call.abort()
         self._exchange.aborted = why
         self._record()
+
+    @property
+    def exchanges(self) -> Sequence[Exchange]:
+        """Return what is under way."""
+        return (self._exchange,)
+
+    def conclude(self, why: str) -> None:
+        """End a stream as a server does that has nothing more to say; before its head, it is left to its answer."""
+        if self.is_over or not self._sent_head:
+            return
+        if self._call is not None:
+            self._call.abort()
+        self._exchange.aborted = why
+        self._is_last = True
+        self._end(b"")
 
     # what the serving calls
 
@@ -499,7 +537,7 @@ class Turn:
 
     @property
     def _closes(self) -> bool:
-        return self._is_last or self._serving.draining
+        return self._is_last or self._serving.draining or self._inbound.is_retiring
 
     def _send_head(self, body: bytes | None) -> None:
         """Send the head, with *body* where that is all of it; None: the body follows, in chunks or up to the close."""

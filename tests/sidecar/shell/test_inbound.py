@@ -593,7 +593,7 @@ class ScriptedServing:
         self.connections: set[Any] = set()
         self.draining = False
         self.max_body_bytes = 1024
-        self.demands_svid = False
+        self.demands_svid = lambda _: False
         self.engines = (allowing(),)
         self.begun: list[Exchange] = []
         self.observer = FakeObserver()
