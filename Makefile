@@ -13,13 +13,14 @@ READY = $(VENV)/.locked-$(shell cat requirements/dev.txt pyproject.toml | cksum 
 .DEFAULT_GOAL := help
 .SILENT:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo lint test e2e bench docs examples test-all-pythons lock images clean
+.PHONY: help demo lint test e2e conformance bench docs examples test-all-pythons lock images clean
 
 help:
 	echo "make demo              a public server, governed on this machine; ONCE=1: run it once and check it"
 	echo "make lint              style, types, layers, spelling, Dockerfile"
 	echo "make test              everything that needs no root"
 	echo "make e2e               a real cluster with real SPIRE (root)"
+	echo "make conformance       the official MCP suite and public servers, direct and through the sidecar"
 	echo "make test-all-pythons  make test under 3.11, 3.12 and 3.13"
 	echo "make bench             what a call costs here, nginx and Envoy beside it"
 	echo "make docs              write the generated reference pages again"
@@ -72,6 +73,11 @@ e2e: $(READY)
 	$(BIN)/python -m tests.parts $$($(BIN)/python -m tests.parts) >/dev/null
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire" tests
+
+conformance: $(READY)
+	echo "conformance: parts"
+	$(BIN)/python -m tests.parts node mcp-conformance mcp-typescript >/dev/null
+	$(BIN)/python -m tests.conformance
 
 bench: $(READY)
 	$(BIN)/python -m bench

@@ -1,0 +1,63 @@
+"""Who takes part in a conformance run: the two reference servers, and the sidecar in front of one, as processes.
+
+Each is ended at the end of its block. The sidecar is `sidegate run` with a policy that allows everything: what it
+then refuses or changes, it refuses or changes for the protocol's sake alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bench.processes import free_port, is_listening, running
+from tests.parts import part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVERS: Final = Path(__file__).parent / "servers"
+ALLOW_ALL: Final = "permit(principal, action, resource);\n"
+
+
+@contextlib.contextmanager
+def typescript(home: Path) -> Iterator[int]:
+    """Run the TypeScript reference server; gives its port. Node looks for packages beside the program: *home*."""
+    packages = part("mcp-typescript") / "node_modules"
+    with contextlib.suppress(FileExistsError):
+        (home / "node_modules").symlink_to(packages)
+    for name in ("everything.mjs", "everything.json"):
+        shutil.copyfile(SERVERS / name, home / name)
+    port = free_port()
+    with running(
+        [part("node"), home / "everything.mjs", str(port)],
+        log=home / "typescript.log",
+        is_ready=lambda: is_listening(port),
+    ):
+        yield port
+
+
+@contextlib.contextmanager
+def python(home: Path) -> Iterator[int]:
+    """Run the Python reference server; gives its port."""
+    port = free_port()
+    command = [sys.executable, SERVERS / "everything.py", str(port)]
+    with running(command, log=home / "python.log", is_ready=lambda: is_listening(port)):
+        yield port
+
+
+@contextlib.contextmanager
+def sidecar(home: Path, *upstream: str) -> Iterator[int]:
+    """Run a sidecar in front of an HTTP server, one URL, or of a command's stdio; gives its port."""
+    policies = home / "policies"
+    policies.mkdir(exist_ok=True)
+    (policies / "all.cedar").write_text(ALLOW_ALL)
+    port = free_port()
+    listen = ("--listen", f"127.0.0.1:{port}", "--user", "optional", "--log-level", "warning")
+    kept = ("--policy", policies, "--audit", home / "audit.jsonl")
+    command = (sys.executable, "-m", "webhook.cli", "run", *listen, *kept)
+    behind = ("--upstream", *upstream) if upstream[0].startswith("http://") else ("--", *upstream)
+    with running([*command, *behind], log=home / f"sidecar-{port}.log", is_ready=lambda: is_listening(port)):
+        yield port
