@@ -1,5 +1,6 @@
 """The control plane's settings: every name, default, unit and allowed value, once; read once, by `webhook/__main__.py`.
 
+And what follows from them: the template of every pod, and what a workload gets that says nothing itself.
 Refuses an unknown `SIDEGATE_` variable and every unusable value, all of them in one message.
 """
 
@@ -10,7 +11,11 @@ from typing import Any, Final, Literal, Self
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffeId
 from sidecar.config import PREFIX, Capture, LogLevel, number, port_number, setting_of
+from sidecar.config import Settings as SidecarSettings
+from sidecar.core.profile import Audit, Telemetry
 from webhook.core import quantity
+from webhook.core.container import SPIFFE_DIR, Amounts, Template
+from webhook.core.effective import Defaults
 from webhook.errors import BadSetting
 
 DAY_S: Final = 86_400
@@ -157,3 +162,43 @@ class Settings:
         if problems:
             raise BadSetting("\n".join(problems))
         return cls(**values)
+
+
+def template(settings: Settings, version: str, bundle_keys: str) -> Template:
+    """Return what pods are made of, by the operator's *settings*; *bundle_keys* (PEM) verify their bundles."""
+    return Template(
+        version=version,
+        revision=settings.revision,
+        image=settings.image,
+        image_pull_policy=settings.image_pull_policy,
+        image_pull_secrets=settings.image_pull_secrets,
+        capture=Capture(settings.capture),
+        weakest_capture=Capture(settings.weakest_capture),
+        excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
+        sidecar=SidecarSettings(
+            spiffe_socket=f"unix:{SPIFFE_DIR}/{settings.spiffe_socket.rpartition('/')[2]}",  # one driver serves both
+            control_plane=f"https://{settings.service}.{settings.namespace}.svc:8443",
+            control_plane_id=settings.control_plane_id,
+            bundle_keys=bundle_keys,
+            bundle_max_age_s=settings.bundle_max_age_s,
+            otlp_endpoint=settings.otlp_endpoint,
+            log_level=LogLevel(settings.sidecar_log_level),
+        ),
+        amounts=Amounts(
+            cpu_m=settings.sidecar_cpu,
+            cpu_limit_m=settings.sidecar_cpu_limit,
+            memory_bytes=settings.sidecar_memory,
+            memory_limit_bytes=settings.sidecar_memory_limit,
+        ),
+    )
+
+
+def defaults(settings: Settings) -> Defaults:
+    """Return what a workload gets that says nothing else."""
+    content = settings.audit_content
+    return Defaults(
+        mtls=settings.mtls,
+        user=settings.user,
+        audit=Audit(arguments=content, results=content),
+        telemetry=Telemetry(otlp_endpoint=settings.otlp_endpoint or None),
+    )

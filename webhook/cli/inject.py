@@ -15,9 +15,8 @@ import yaml
 from sidecar import __version__
 from sidecar.config import PREFIX
 from sidecar.errors import ConfigError
-from webhook.config import Settings
+from webhook.config import Settings, template
 from webhook.core import resources
-from webhook.core.cluster import template
 from webhook.core.container import Template
 from webhook.core.injection import INJECTION_LABEL, Deny, Inject, Skip, decide, policy_of
 from webhook.core.pod import JSON

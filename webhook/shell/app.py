@@ -20,8 +20,7 @@ from certs.errors import BadCertificate
 from certs.spiffe import SpiffeId
 from certs.tls import MutualServer, ServingServer
 from certs.workload import X509Source
-from webhook.config import Settings
-from webhook.core.cluster import defaults, template
+from webhook.config import Settings, defaults, template
 from webhook.core.container import Template
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON

@@ -24,9 +24,8 @@ from sidecar.config import Capture
 from sidecar.core import bundle
 from tests.webhook.core.golden_cases import TEMPLATE
 from tests.webhook.kube_server import PODS, KubeServer
-from webhook.config import Settings
+from webhook.config import Settings, defaults, template
 from webhook.core import resources
-from webhook.core.cluster import defaults, template
 from webhook.shell import opa
 from webhook.shell.app import App, passes_golden_pod
 from webhook.shell.controllers import path_of
