@@ -7,7 +7,7 @@ unreadable ones included.
 from dataclasses import dataclass, field
 
 from sidecar.core.authorise import Agent, Permit
-from sidecar.core.connection import Connection
+from sidecar.core.connection import Connection, Headers
 from sidecar.core.identity import Principal
 from sidecar.core.limits import Admission
 from sidecar.core.message import Message, RequestId
@@ -40,6 +40,8 @@ class Exchange:
     upstream_s: float | None = None  # seconds from sending to the answer; None: never sent
     total_s: float = 0.0
     status: int = 0  # HTTP status that the client got
+    removed: tuple[str, ...] = ()  # headers that said who the user is; the server never sees them
+    credentials: Headers = field(default=(), repr=False)  # what the server gets instead of the user's token; secret
     result: bytes | None = None  # the response message, when there was one small enough to keep
     result_bytes: int = 0
     result_sha256: str | None = None

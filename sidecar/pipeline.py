@@ -1,7 +1,8 @@
 """The path of a call: Connection -> Principal -> Message -> Permit -> Admission; nothing reaches the server without.
 
 Each stage returns the next type or raises Refusal. One immutable Snapshot serves a whole request. GET and DELETE are
-messages like any other, so there is no way around the stages. The way back is sidecar/core/answer.py.
+messages like any other, so there is no way around the stages; the messages of a batch go through them one by one, and
+the batch is sent only when all of them passed. The way back is sidecar/core/answer.py.
 """
 
 import re
@@ -10,13 +11,14 @@ from typing import Final, Protocol
 
 from sidecar.core.agreement import ParamHeaders
 from sidecar.core.authorise import Agent, Engine, Question, authorise
-from sidecar.core.connection import Connection, check_origin
+from sidecar.core.connection import RESERVED_PREFIX, Connection, check_origin, forged_headers
 from sidecar.core.identity import Trust, authenticate
 from sidecar.core.limits import Admission, Buckets, admit
 from sidecar.core.message import Message, Shape, parse
 from sidecar.core.ownership import Owned, endpoints, tasks
 from sidecar.core.pending import Pending
 from sidecar.core.profile import Profile
+from sidecar.core.scopes import require_scopes
 from sidecar.core.session import Sessions
 from sidecar.core.trace import of_message
 from sidecar.errors import Reason, Refusal
@@ -61,20 +63,55 @@ class Observer(Protocol):
         ...
 
 
-def judge(exchange: Exchange, snapshot: Snapshot, memory: Memory, *, now_s: float, clock_s: float) -> Admission:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The messages of one body, each with its own exchange; none is sent unless all may be."""
+
+    exchanges: tuple[Exchange, ...]  # with its admission, or with its refusal
+    admission: Admission | None  # of one of them, which stands for the body that holds all; None: some were refused
+
+
+def judge(
+    exchange: Exchange,
+    snapshot: Snapshot,
+    memory: Memory,
+    *,
+    now_s: float,
+    clock_s: float,
+    begin: Callable[[Connection], Exchange] | None = None,
+) -> Admission | Batch:
     """Return the admission of the exchange's message; raises Refusal. *exchange* is filled in on the way.
 
-    *now_s* is Unix time (tokens, certificates, policies), *clock_s* the monotonic clock (limits).
+    *now_s* is Unix time (tokens, certificates, policies), *clock_s* the monotonic clock (limits). *begin* makes the
+    exchanges of a batch's other messages; without it batches are refused.
     """
     connection = exchange.connection
     check_endpoint(connection, snapshot)
+    exchange.removed = refuse_forgeries(connection)
     principal = exchange.principal = authenticate(connection, snapshot.trust, now_s)
-    message = exchange.message = read(connection)
+    if snapshot.is_sse and connection.method == "POST":
+        memory.endpoints.require(target_of(connection), principal)
+    found = read(connection, snapshot)
+    if isinstance(found, Message):
+        exchange.message = found
+        return _admit(exchange, _authorise(exchange, snapshot, memory), snapshot, memory, clock_s)
+    if begin is None:
+        raise malformed("a batch is not accepted here: send one message per request")
+    return _judge_batch([exchange, *(begin(connection) for _ in found[1:])], found, snapshot, memory, clock_s)
+
+
+def _authorise(exchange: Exchange, snapshot: Snapshot, memory: Memory) -> Permit:
+    """Return the permit of the exchange's message, which has been read; raises Refusal."""
+    connection, principal, message = exchange.connection, exchange.principal, exchange.message
+    assert principal is not None  # noqa: S101 - for the type checker: the stages before set both
+    assert message is not None  # noqa: S101 - same
     context = of_message(message.params)
     if context is not None:
         exchange.trace_id, exchange.parent_id, exchange.sampled = context.trace_id, context.parent_id, context.sampled
-    exchange.protocol_version = connection.header(b"mcp-protocol-version")
+    exchange.protocol_version = connection.header(VERSION)
+    check_agreement(connection, message, memory.param_headers)
     agent = exchange.agent = _agent(exchange, message, memory)
+    _check_owners(exchange, message, memory)
     question = Question(
         principal=principal,
         message=message,
@@ -86,10 +123,63 @@ def judge(exchange: Exchange, snapshot: Snapshot, memory: Memory, *, now_s: floa
         trace_id=exchange.trace_id,
     )
     permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)
+    require_scopes(permit, snapshot.profile.identity)
+    return permit
+
+
+def _admit(exchange: Exchange, permit: Permit, snapshot: Snapshot, memory: Memory, clock_s: float) -> Admission:
+    """Return the admission for *permit*; raises Refusal(THROTTLED)."""
+    message = permit.question.message
     admission = exchange.admission = admit(permit, snapshot.profile.limits, memory.buckets, clock_s)
-    if exchange.session_id is None and message.shape is Shape.REQUEST and message.id is not None:
+    if message.shape is Shape.RESPONSE and message.id is not None:
+        memory.asked.remove(scope(exchange), message.id)  # once answered, a second answer has nothing to answer
+    elif exchange.session_id is None and message.shape is Shape.REQUEST and message.id is not None:
         memory.calls.add(scope(exchange), message.id)
     return admission
+
+
+def _judge_batch(
+    exchanges: Sequence[Exchange],
+    found: Sequence[Message | Refusal],
+    snapshot: Snapshot,
+    memory: Memory,
+    clock_s: float,
+) -> Batch:
+    """Return the batch of *exchanges*, one for each message or refusal in *found*; never raises Refusal."""
+    first = exchanges[0]
+    for exchange, each in zip(exchanges, found, strict=True):
+        exchange.principal, exchange.removed = first.principal, first.removed
+        try:
+            if isinstance(each, Refusal):
+                raise each
+            exchange.message = each
+            _authorise(exchange, snapshot, memory)
+        except Refusal as refusal:
+            exchange.refusal = refusal
+    if all(exchange.refusal is None for exchange in exchanges):
+        _admit_all(exchanges, snapshot, memory, clock_s)
+    if any(exchange.refusal is not None for exchange in exchanges):
+        for exchange in exchanges:
+            exchange.admission = None
+            exchange.refusal = exchange.refusal or Refusal(
+                Reason.NOT_SENT, "not sent: another message of the batch was refused"
+            )
+    return Batch(exchanges=tuple(exchanges), admission=first.admission)
+
+
+def _admit_all(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory, clock_s: float) -> None:
+    """Admit all *exchanges*, or leave no trace of those that came before the one that is refused."""
+    for number, exchange in enumerate(exchanges):
+        assert exchange.permit is not None  # noqa: S101 - for the type checker: all of them were authorised
+        try:
+            _admit(exchange, exchange.permit, snapshot, memory, clock_s)
+        except Refusal as refusal:
+            exchange.refusal = refusal
+            for before in exchanges[:number]:
+                assert before.admission is not None  # noqa: S101 - same
+                give_back(before.admission, snapshot.profile.limits, memory.buckets, clock_s)
+                release(before, memory)
+            return
 
 
 def check_endpoint(connection: Connection, snapshot: Snapshot) -> None:
@@ -113,6 +203,16 @@ def check_endpoint(connection: Connection, snapshot: Snapshot) -> None:
         if connection.header(b"content-encoding") not in (None, "identity"):
             # Some servers inflate and execute what we would have judged deflated.
             raise Refusal(Reason.UNSUPPORTED_MEDIA, "an encoded body is not accepted")
+
+
+def refuse_forgeries(connection: Connection) -> tuple[str, ...]:
+    """Return the names of headers that claim an identity and will not travel on; refuse those that only we may write."""
+    forged = forged_headers(connection.headers)
+    if forged and any(name.encode("latin-1").startswith(RESERVED_PREFIX) for name in forged):
+        raise Refusal(
+            Reason.FORBIDDEN_CALLER, "this header is the sidecar's own", detail=", ".join(forged)[:MAX_LABEL_CHARS]
+        )
+    return forged
 
 
 def read(connection: Connection) -> Message:

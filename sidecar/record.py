@@ -45,6 +45,7 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("who.user.role", "string?", "Role."),
     ("who.user.roles", "array", "Roles."),
     ("who.user.groups", "array", "Groups."),
+    ("who.delegation", "array", "Who acts for the user, from the user outward: `sub` and `actor` of each step."),
     ("who.workload", "string?", "The SPIFFE ID of the caller's SVID."),
     ("who.client", "string", "Address and port of the connection's other end."),
     ("agent", "object", "What the caller says of itself: **self-reported**, never verified."),
@@ -57,6 +58,7 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("http.method", "string", "`POST`, `GET` or `DELETE`, or whatever was refused."),
     ("http.path", "string", "Path without query."),
     ("http.status", "integer", "Status that the caller got; 0 when it had gone before."),
+    ("http.removed", "array", "Names of headers that claimed to say who the user is; the server did not see them."),
     ("message", "object?", "The MCP message; null when it could not be read, or was refused before it was read."),
     ("message.shape", "string", "`request`, `notification`, `response`, `open_stream` or `close_session`."),
     ("message.method", "string", "JSON-RPC method."),
@@ -132,6 +134,7 @@ def record(exchange: Exchange) -> dict[str, Any]:
             "method": cut(connection.method),
             "path": cut(connection.path),
             "status": exchange.status,
+            "removed": [cut(name) for name in exchange.removed],
         },
         "message": None if exchange.message is None else _message(exchange.message),
         "arguments": None if exchange.message is None else _arguments(exchange.message, audit),
@@ -202,6 +205,7 @@ def _who(exchange: Exchange) -> dict[str, Any]:
     user = None if principal is None else principal.user
     return {
         "user": None if user is None else _user(user),
+        "delegation": [] if user is None else [{"sub": each.sub, "actor": each.actor} for each in user.delegation],
         "workload": None if workload is None else str(workload),
         "client": exchange.connection.client,
     }

@@ -83,7 +83,7 @@ class Question:
                 "protocol_version": self.protocol_version,
                 "trace_id": self.trace_id,
             },
-            "delegation": [],
+            "delegation": [] if user is None else [{"sub": each.sub, "actor": each.actor} for each in user.delegation],
         }
 
 

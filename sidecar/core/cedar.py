@@ -9,7 +9,8 @@ principal  User::"<issuer>#<id>", without a user Workload::"<SPIFFE ID>", withou
 action     Action::"tools/call" and the like
 resource   Tool::"<server>/<name>", Prompt::"<server>/<name>" or Resource::"<uri>", in Server::"<server>"; attributes
            name or uri, and on the server namespace, workload, name, version
-context    args (of the tool or prompt), claims (of the user), workload, agent, request, method; null ones left out
+context    args (of the tool or prompt), claims (of the user), delegation, workload, agent, request, method; null ones
+           left out
 """
 
 import json
@@ -136,7 +137,7 @@ def _context(document: Mapping[str, Any]) -> Json:
     context["claims"] = (document.get("user") or {}).get("claims", {})
     for part in ("args", "claims"):
         _check(context[part], part)
-    for part in ("workload", "agent", "request"):
+    for part in ("workload", "agent", "request", "delegation"):
         context[part] = document.get(part)
     return _without_null(context)
 

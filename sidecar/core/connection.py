@@ -6,6 +6,7 @@ servers that listen on loopback demand a loopback Host, so ours is written there
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from certs.verify import Peer
@@ -38,14 +39,64 @@ CONSUMED: Final = frozenset(
         b"origin",
         b"accept-encoding",
         b"cookie",
+        b"dpop",  # proves who sends the token that ends here
         b"forwarded",
         b"traceparent",  # ours names our span as the parent
         b"x-forwarded-for",
         b"x-forwarded-client-cert",
     }
 )
-_NOT_FORWARDED: Final = HOP_BY_HOP | CONSUMED
+# The server's own challenge names another URL and other providers than the ones that are judged here.
+_NOT_RETURNED: Final = HOP_BY_HOP | {b"www-authenticate", b"authentication-info", b"dpop-nonce"}
 RESERVED_PREFIX: Final = b"sidegate-"  # headers of ours; from a caller they are forgeries
+# By which proxies tell servers who the user is. From a caller they are forgeries, whoever the server believes.
+IDENTITY: Final = frozenset(
+    {
+        b"remote-user",
+        b"x-remote-user",
+        b"x-remote-group",
+        b"x-user",
+        b"x-user-id",
+        b"x-user-email",
+        b"x-email",
+        b"x-userinfo",
+        b"x-id-token",
+        b"x-access-token",
+        b"x-jwt-payload",
+        b"x-jwt-assertion",
+    }
+)
+OURS: Final = frozenset({b"sidegate-agent-session", b"sidegate-workload-token"})  # that a caller may send
+IDENTITY_PREFIXES: Final = (
+    RESERVED_PREFIX,
+    b"x-forwarded-user",
+    b"x-forwarded-email",
+    b"x-forwarded-groups",
+    b"x-forwarded-preferred-username",
+    b"x-forwarded-access-token",
+    b"x-forwarded-id-token",
+    b"x-auth-",  # request-user and its kin of oauth2-proxy and nginx
+    b"x-authenticated-",
+    b"x-authentik-",
+    b"x-remote-extra-",
+    b"x-webauth-",
+    b"x-goog-authenticated-",
+    b"x-goog-iap-",
+    b"x-ms-client-principal",
+    b"x-ms-token-",
+    b"x-amzn-oidc-",
+    b"x-pomerium-",
+    b"x-vouch-",
+    b"x-spiffe-",
+    b"x-ssl-client-",
+    b"x-client-cert",
+    b"ssl-client-",
+    b"client-cert",  # and -chain: RFC 9440
+    b"cf-access-",
+    b"tailscale-user-",
+    b"impersonate-",
+)
+_NOT_FORWARDED: Final = HOP_BY_HOP | CONSUMED | IDENTITY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,18 +136,28 @@ def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged.
     """
     nominated = {name for name in _nominated(headers) if not name.startswith(b"mcp-")}
-    dropped = _NOT_FORWARDED | nominated if nominated else _NOT_FORWARDED
-    return [
-        (name, value)
-        for name, value in headers
-        if name not in dropped and b"_" not in name and not name.startswith(RESERVED_PREFIX)
-    ]
+    return [(name, value) for name, value in headers if _travels(name) and name not in nominated]
+
+
+@lru_cache(maxsize=1024)  # clients send the same dozen names again and again
+def _travels(name: bytes) -> bool:
+    return name not in _NOT_FORWARDED and b"_" not in name and not name.startswith(IDENTITY_PREFIXES)
+
+
+@lru_cache(maxsize=1024)  # as above
+def _is_forged(name: bytes) -> bool:
+    return (name in IDENTITY or name.startswith(IDENTITY_PREFIXES)) and name not in OURS
+
+
+def forged_headers(headers: Headers) -> tuple[str, ...]:
+    """Return the names of those of *headers* that say who the user is, for the record: the server never sees them."""
+    return tuple([name.decode("latin-1") for name, _ in headers if _is_forged(name)])
 
 
 def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Return those of the upstream's *headers* that the caller may see."""
     nominated = _nominated(headers) - HOP_BY_HOP  # mostly keep-alive, which is one of them
-    dropped = HOP_BY_HOP | nominated if nominated else HOP_BY_HOP
+    dropped = _NOT_RETURNED | nominated if nominated else _NOT_RETURNED
     return [(name, value) for name, value in headers if name not in dropped]
 
 

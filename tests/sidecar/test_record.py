@@ -85,7 +85,7 @@ def test_unreadable_message_has_a_record() -> None:
 
     assert record["message"] is None
     assert record["arguments"] is None
-    assert {"user": None, "workload": str(AGENT), "client": "10.0.0.9:41234"} == record["who"]
+    assert {"user": None, "delegation": [], "workload": str(AGENT), "client": "10.0.0.9:41234"} == record["who"]
     assert record["decision"]["reason"] == "malformed"
 
 

@@ -55,6 +55,7 @@ CEDAR_CONTEXT: Final = {
     "workload": ("workload",),
     "agent": ("agent",),
     "request": ("request",),
+    "delegation": ("delegation",),
     "method": ("method",),
 }
 VOLATILE: Final = ("/request/time", "/request/trace_id")  # never twice the same: nothing to remember
@@ -89,7 +90,7 @@ class Compiled:
 def capabilities(current: bytes) -> bytes:
     """Return OPA's own capabilities (`opa capabilities --current`) less what the sidecar cannot run."""
     document = json.loads(current)
-    allowed = NATIVE | PURE.keys() | IMPURE
+    allowed = NATIVE | PURE | IMPURE
     document["builtins"] = [each for each in document["builtins"] if each["name"] in allowed]
     document["allow_net"] = []  # a policy fetches nothing
     return json.dumps(document).encode()
