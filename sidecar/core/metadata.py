@@ -9,13 +9,14 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from sidecar.core.connection import Headers
+from sidecar.core.connection import Connection
 from sidecar.core.dpop import ALGORITHMS
 from sidecar.core.profile import Identity, Profile
+from sidecar.core.replies import Response
 
 WELL_KNOWN: Final = "/.well-known/oauth-protected-resource"
 # Public by nature, asked for by browsers without credentials; the SDKs send MCP-Protocol-Version with it.
-CORS: Final[Headers] = (
+CORS: Final = (
     (b"access-control-allow-origin", b"*"),
     (b"access-control-allow-methods", b"GET, OPTIONS"),
     (b"access-control-allow-headers", b"authorization, content-type, mcp-protocol-version"),
@@ -39,6 +40,20 @@ def serves(profile: Profile, path: str) -> bool:
         return False
     rest = path[len(WELL_KNOWN) :].rstrip("/")
     return rest in ("", urlsplit(resource).path.rstrip("/"), *profile.server.paths)
+
+
+def answer(connection: Connection, profile: Profile) -> Response | None:
+    """Return the response to a request for the metadata; None for any other request.
+
+    It needs no identity: it says how to get one. Host is not judged, because nothing here depends on it.
+    """
+    if not serves(profile, connection.path):
+        return None
+    if connection.method == "OPTIONS":
+        return Response(status=204, headers=CORS, body=b"")
+    if connection.method not in ("GET", "HEAD"):
+        return None
+    return Response(status=200, headers=((b"content-type", b"application/json"), *CORS), body=document(profile))
 
 
 def document(profile: Profile) -> bytes:
