@@ -1,5 +1,6 @@
 """sidecar.core.identity: nobody is believed before their proof is."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -17,8 +19,9 @@ from jwt.utils import base64url_encode
 from certs.spiffe import SpiffeId
 from sidecar.core import identity as module
 from sidecar.core.connection import Connection
-from sidecar.core.identity import Keys, Trust, UnknownKey, authenticate, trust
-from sidecar.core.profile import ClaimPaths, Identity, Provider
+from sidecar.core.identity import Keys, Trust, UnknownKey, UnknownToken, authenticate, learn, trust
+from sidecar.core.jwk import thumbprint
+from sidecar.core.profile import ClaimPaths, Client, Identity, Provider
 from sidecar.errors import Reason, Refusal
 from tests.builders import AGENT, NOW_S, a_connection, a_peer, a_principal
 
@@ -432,3 +435,237 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         authenticate(presented(a_token({"sub": user})), trusted, NOW_S)
 
     assert [user.id for user, _ in trusted.verified.values()] == ["b", "c"]
+
+
+# kinds, bindings, challenges
+
+RESOURCE = "https://mcp.test/mcp"
+METADATA = b'Bearer resource_metadata="https://mcp.test/.well-known/oauth-protected-resource/mcp"'
+
+
+@pytest.mark.parametrize(
+    "claims", [{"typ": "ID"}, {"nonce": "n"}, {"token_use": "id"}, {"typ": "Refresh"}], ids=str
+)
+def test_an_id_token_does_not_open_the_server(claims: dict[str, Any]) -> None:
+    """Though its signature, issuer and audience are right."""
+    refusal = refused(presented(a_token(claims, header={"typ": "JWT"})), believed())
+
+    assert "ID token" in refusal.detail
+
+
+def challenges(connection: Connection, rules: Identity) -> list[bytes]:
+    """What the refusal of *connection* tells the client to do."""
+    return [value for name, value in refused(connection, believed(rules)).headers if name == b"www-authenticate"]
+
+
+def test_a_refusal_says_where_to_get_a_token() -> None:
+    """Without error when none was shown."""
+    rules = replace_identity(RULES, resource=RESOURCE)
+
+    assert challenges(a_connection(), rules) == [METADATA]
+    assert challenges(presented("x"), rules)[0].startswith(METADATA + b', error="invalid_token"')
+
+
+def replace_identity(rules: Identity, **changes: Any) -> Identity:
+    """The rules, changed."""
+    return msgspec.structs.replace(rules, **changes)
+
+
+def bound(claims: Mapping[str, Any], *headers: tuple[bytes, bytes], scheme: str = "Bearer") -> Connection:
+    """A request with a token that has the confirmation *claims*."""
+    token = a_token({"cnf": claims})
+    return a_connection(headers=[(b"authorization", f"{scheme} {token}".encode()), *headers])
+
+
+def a_proof_for(connection: Connection, **claims: Any) -> Connection:
+    """The same request with a DPoP proof of the key `holder`."""
+    token = connection.header(b"authorization") or ""
+    fingerprint = hashlib.sha256(token.partition(" ")[2].encode()).digest()
+    made = {"htm": "POST", "htu": RESOURCE, "iat": NOW_S, "jti": "j", "ath": base64url_encode(fingerprint).decode()}
+    proof = jwt.encode(
+        {**made, **claims}, ec_key("holder"), algorithm="ES256", headers={"typ": "dpop+jwt", "jwk": holder_jwk()}
+    )
+    return replace(connection, headers=[*connection.headers, (b"dpop", proof.encode())])
+
+
+def holder_jwk() -> dict[str, Any]:
+    """The public key that tokens are bound to."""
+    return jwt.algorithms.ECAlgorithm.to_jwk(ec_key("holder").public_key(), as_dict=True)
+
+
+DPOP = replace_identity(RULES, resource=RESOURCE)
+
+
+def test_a_bound_token_passes_with_its_proof_and_never_twice() -> None:
+    """Each request needs a proof of its own, though the token is in the cache."""
+    trusted = believed(DPOP)
+    call = bound({"jkt": thumbprint(holder_jwk())}, scheme="DPoP")
+    authenticate(a_proof_for(call), trusted, NOW_S)
+    authenticate(a_proof_for(call, jti="k"), trusted, NOW_S)
+
+    assert "used before" in refused(a_proof_for(call), trusted).detail
+    assert "no DPoP proof" in refused(call, trusted).detail
+
+
+def test_a_proof_outlives_a_rotation_of_keys() -> None:
+    """New keys empty the cache of tokens, not the memory of proofs."""
+    trusted = believed(DPOP)
+    call = a_proof_for(bound({"jkt": thumbprint(holder_jwk())}, scheme="DPoP"))
+    authenticate(call, trusted, NOW_S)
+
+    assert "used before" in refused(call, trust(DPOP, keys(), proofs=trusted.proofs)).detail
+
+
+@pytest.mark.parametrize(
+    ("connection", "rules", "detail"),
+    [
+        (lambda: bound({"jkt": "x"}), DPOP, "scheme DPoP"),
+        (lambda: presented(a_token(), "DPoP"), DPOP, "scheme DPoP"),
+        (lambda: bound({"jkt": "x"}, scheme="DPoP"), RULES, "identity.resource"),
+        (lambda: bound({"jkt": "x"}, scheme="DPoP"), DPOP, "no DPoP proof"),
+        (lambda: a_proof_for(bound({"jkt": "x"}, scheme="DPoP")), DPOP, "another key"),
+        (lambda: bound({"x5t#S256": "x"}), DPOP, "client certificate"),
+        (lambda: replace(bound({"x5t#S256": "x"}), peer=a_peer()), DPOP, "client certificate"),
+        (lambda: bound({"kid": "x"}), DPOP, "not known here"),
+        (lambda: presented(a_token()), replace_identity(DPOP, dpop="required"), "not bound"),
+    ],
+    ids=[
+        "as Bearer",
+        "unbound as DPoP",
+        "no resource",
+        "no proof",
+        "another key",
+        "no mTLS",
+        "other mTLS",
+        "kid",
+        "unbound",
+    ],
+)
+def test_a_token_without_its_key_is_worthless(connection: Any, rules: Identity, detail: str) -> None:
+    """To whoever stole it, whatever connection it comes by."""
+    assert detail in refused(connection(), believed(rules)).detail
+
+
+def test_a_nonce_is_handed_out_with_the_refusal() -> None:
+    """RFC 9449, 9: the client asks again with it."""
+    rules = replace_identity(DPOP, dpop_nonce=True)
+    call = bound({"jkt": thumbprint(holder_jwk())}, scheme="DPoP")
+    refusal = refused(a_proof_for(call), believed(rules))
+    nonce = dict(refusal.headers)[b"dpop-nonce"].decode()
+
+    assert [b'error="use_dpop_nonce"' in value for name, value in refusal.headers if name == b"www-authenticate"] == [
+        False,
+        True,
+    ]
+    assert authenticate(a_proof_for(call, nonce=nonce), believed(rules), NOW_S).user is not None
+
+
+# opaque tokens
+
+ASKED = Provider(
+    name="corporate", issuer=ISSUER, audiences=(AUDIENCE,), introspection=True, client=Client(id="mcp", file="/x")
+)
+OPAQUE = Identity(mtls="permissive", providers=(SECOND, ASKED))
+ACTIVE: Mapping[str, Any] = {"active": True, "iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": NOW_S + 300}
+
+
+def asked(token: str, trusted: Trust) -> UnknownToken:
+    """The question that *token* raises."""
+    refusal = refused(presented(token), trusted)
+    assert isinstance(refusal, UnknownToken)
+    return refusal
+
+
+def test_an_opaque_token_is_its_providers_to_explain() -> None:
+    """Asked once, believed for a while."""
+    trusted = believed(OPAQUE)
+    unknown = asked("s3cret", trusted)
+    learn(unknown, ACTIVE, NOW_S)
+    principal = authenticate(presented("s3cret"), trusted, NOW_S)
+
+    assert unknown.provider is ASKED
+    assert principal.user is not None
+    assert (principal.user.id, principal.user.issuer, principal.expires_at_s) == ("alice", ISSUER, NOW_S + 330)
+    assert "s3cret" not in repr(trusted.verified)
+    asked("other", trusted)
+
+
+def test_an_opaque_token_is_asked_about_again_after_a_while() -> None:
+    """It may have been revoked."""
+    trusted = believed(OPAQUE)
+    learn(asked("s3cret", trusted), ACTIVE, NOW_S)
+    authenticate(presented("s3cret"), trusted, NOW_S + module.MAX_CACHE_S - 1)
+    with pytest.raises(UnknownToken):
+        authenticate(presented("s3cret"), trusted, NOW_S + module.MAX_CACHE_S)
+
+
+def test_an_opaque_token_without_expiry_lasts_as_long_as_it_is_remembered() -> None:
+    """RFC 7662 makes `exp` optional."""
+    trusted = believed(OPAQUE)
+    learn(asked("s3cret", trusted), {name: value for name, value in ACTIVE.items() if name != "exp"}, NOW_S)
+
+    assert authenticate(presented("s3cret"), trusted, NOW_S).expires_at_s == NOW_S + module.MAX_CACHE_S
+
+
+@pytest.mark.parametrize(
+    ("claims", "detail"),
+    [
+        ({"active": False}, "not active"),
+        ({"active": "true"}, "not active"),
+        ({"active": 1}, "not active"),
+        ({"active": ABSENT}, "not active"),
+        ({"iss": OTHER}, "unknown issuer"),
+        ({"aud": ABSENT}, "Audience"),
+        ({"aud": "https://other.test"}, "Audience"),
+        ({"aud": [7, None]}, "Audience"),
+        ({"exp": NOW_S - 31}, "expired"),
+        ({"exp": "x"}, "exp is not a time"),
+        ({"nbf": NOW_S + 99}, "not valid yet"),
+        ({"sub": ABSENT}, "names nobody"),
+        ({"token_type": "refresh_token"}, "no access token"),
+        ({"token_type": 7}, "no access token"),
+        ({"typ": "Refresh"}, "ID token or another kind"),
+        ({"act": "x"}, "act"),
+    ],
+    ids=str,
+)
+def test_what_the_provider_does_not_vouch_for_is_refused_for_a_while(claims: Mapping[str, Any], detail: str) -> None:
+    """And it is not asked again at each try."""
+    trusted = believed(OPAQUE)
+    answer = {name: value for name, value in {**ACTIVE, **claims}.items() if value is not ABSENT}
+    learn(asked("s3cret", trusted), answer, NOW_S)
+    refusal = refused(presented("s3cret"), trusted)
+
+    assert not isinstance(refusal, UnknownToken)
+    assert detail in refusal.detail
+    assert isinstance(refused(presented("s3cret"), trusted, NOW_S + module.REFUSED_S), UnknownToken)
+
+
+def test_refused_opaque_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can make them up."""
+    monkeypatch.setattr(module, "MAX_REFUSED", 2)
+    trusted = believed(OPAQUE)
+    for token in ("a", "b", "c"):
+        learn(asked(token, trusted), {"active": False}, NOW_S)
+
+    assert len(trusted.refused) == 2
+
+
+def test_a_bound_opaque_token_needs_its_proof_too() -> None:
+    """The binding comes with the provider's answer."""
+    trusted = believed(replace_identity(OPAQUE, resource=RESOURCE))
+    learn(asked("s3cret", trusted), {**ACTIVE, "cnf": {"jkt": thumbprint(holder_jwk())}}, NOW_S)
+    call = a_connection(headers=[(b"authorization", b"DPoP s3cret")])
+
+    assert "scheme DPoP" in refused(presented("s3cret"), trusted).detail
+    assert authenticate(a_proof_for(call), trusted, NOW_S).user is not None
+
+
+def test_without_introspection_an_opaque_token_is_no_token() -> None:
+    """Nobody is asked."""
+    assert "not a JWT" in refused(presented("s3cret"), believed()).detail
+
+
+def test_a_jwt_is_never_asked_about() -> None:
+    """Its signature tells more, and costs nobody a request."""
+    assert not isinstance(refused(presented(cut(a_token())), believed(OPAQUE)), UnknownToken)
