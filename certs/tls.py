@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from cryptography import x509
@@ -27,7 +28,15 @@ from certs.spiffe import SpiffePattern
 from certs.svid import Svid, X509Snapshot
 from certs.verify import Peer, TrustBundles, Usage, verify_peer
 
-__all__ = ["ClientCertificate", "MutualClient", "MutualServer", "ServingServer", "peer_of", "web_client_context"]
+__all__ = [
+    "ClientCertificate",
+    "MutualClient",
+    "MutualServer",
+    "ServingServer",
+    "peer_of",
+    "require_key_memory",
+    "web_client_context",
+]
 
 Clock = Callable[[], datetime]
 OnRefused = Callable[[PeerReason, int | None], None]
@@ -204,6 +213,20 @@ def _pem(label: str, der: bytes) -> bytearray:
     return bytearray(
         b"-----BEGIN %b-----\n%b-----END %b-----\n" % (label.encode(), base64.encodebytes(der), label.encode())
     )
+
+
+def require_key_memory() -> None:
+    """Raise BadCertificate where private keys cannot be loaded through anonymous memory."""
+    try:
+        descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise BadCertificate(f"private key: no anonymous memory to load it from: {error}") from error
+    try:
+        Path(f"/proc/self/fd/{descriptor}").read_bytes()
+    except OSError as error:
+        raise BadCertificate(f"private key: cannot be loaded from memory: {error}") from error
+    finally:
+        os.close(descriptor)
 
 
 def _load_key(context: ssl.SSLContext, parts: Iterable[bytes | bytearray]) -> None:

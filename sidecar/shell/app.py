@@ -17,9 +17,6 @@ import uvloop
 from aiohttp import web
 
 from certs.errors import PeerReason
-from certs.spiffe import SpiffeId
-from certs.tls import ClientCertificate, MutualClient, MutualServer
-from certs.workload import Selection, X509Source
 from sidecar.config import Settings
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
@@ -28,11 +25,13 @@ from sidecar.shell import logs
 from sidecar.shell.audit import Audit
 from sidecar.shell.bundles import BundleSource
 from sidecar.shell.health import Health, decode_probes
+from sidecar.shell.lifetimes import Lifetimes
 from sidecar.shell.listener import Listener
 from sidecar.shell.metrics import Metrics
 from sidecar.shell.providers import Providers
 from sidecar.shell.serving import Serving
 from sidecar.shell.snapshot import Snapshots
+from sidecar.shell.svid import WorkloadIdentity
 from sidecar.shell.tracing import Tracing
 from sidecar.shell.upstream import Upstream
 
@@ -76,20 +75,17 @@ class App:
             )
             hosts = frozenset(each.strip() for each in settings.hosts.split(",") if each.strip())
             self._snapshots = Snapshots(self._serving, hosts=hosts, work_dir=settings.bundle_dir or None)
-            self._source = self._identity()
-            server = MutualServer(
-                client_certificate=ClientCertificate.OPTIONAL,  # whether it is required is the bundle's to say
-                on_refused=self._handshake_refused,
+            lifetimes = Lifetimes(
+                self._serving, max_age_s=settings.connection_max_age_s, grace_s=settings.connection_grace_s
             )
-            background = [tasks.create_task(self._tracing.run()), tasks.create_task(self._providers.run())]
+            background = [tasks.create_task(each.run()) for each in (self._tracing, self._providers, lifetimes)]
+            identity = self._identity = self._own_identity()
             self._bundles: BundleSource | None = None
-            if self._source is not None:
-                client = MutualClient()
-                self._source.subscribe(server.follow)
-                self._source.subscribe(client.follow)
-                background.append(tasks.create_task(self._source.run()))
+            if identity is not None:
+                identity.source.subscribe(lifetimes.follow)
+                background.append(tasks.create_task(identity.run()))
                 if self._bundle is None:
-                    self._bundles = BundleSource(settings, session, client, self._activate)
+                    self._bundles = BundleSource(settings, session, identity.client, self._activate)
                     background.append(tasks.create_task(self._bundles.run()))
             if self._bundle is not None:
                 await self._activate(self._bundle)
@@ -98,7 +94,7 @@ class App:
                 host=settings.listen_host,
                 port=settings.listen_port,
                 capture=settings.capture,
-                tls=None if self._source is None else server.context,
+                tls=None if identity is None else identity.server.context,
                 max_connections=int(settings.max_connections),
                 refused_port=self._port_refused,
             )
@@ -125,8 +121,8 @@ class App:
         found: dict[str, str] = {}
         if self._serving.draining:
             found["draining"] = "shutting down"
-        if self._source is not None and not self._source.is_ready:
-            found["identity"] = f"{self._source.state}: {self._source.detail}"
+        if self._identity is not None and not self._identity.source.is_ready:
+            found["identity"] = f"{self._identity.source.state}: {self._identity.source.detail}"
         if self._serving.snapshot is None:
             found["bundle"] = "none yet" if self._bundles is None else self._bundles.detail
         elif self._bundles is not None and self._bundles.is_stale:
@@ -145,25 +141,27 @@ class App:
 
     def _why_not_ready(self) -> str | None:
         """Return why no call may be judged; None when one may."""
-        if self._source is not None and self._source.current is None:
-            return f"identity: {self._source.state}"
+        if self._identity is not None and self._identity.source.current is None:
+            return f"identity: {self._identity.source.state}"
         if self._bundles is not None and self._bundles.is_stale:
             return "bundle: stale"
         return None
 
     # what the parts tell
 
-    def _identity(self) -> X509Source | None:
-        settings = self._settings
-        if not settings.spiffe_socket:
+    def _own_identity(self) -> WorkloadIdentity | None:
+        if not self._settings.spiffe_socket:
             return None
-        chosen = SpiffeId.parse(settings.spiffe_id) if settings.spiffe_id else None
-        return X509Source(settings.spiffe_socket, selection=Selection(spiffe_id=chosen))
+        return WorkloadIdentity(
+            self._settings, on_refused=self._handshake_refused, use_tokens=self._snapshots.use_tokens
+        )
 
     async def _activate(self, bundle: Bundle) -> None:
         await self._snapshots.activate(bundle)
         self._tracing.use_endpoint(bundle.profile.telemetry.otlp_endpoint)
         self._providers.use(bundle.profile.identity.providers)
+        if bundle.profile.identity.jwt_svid == "allowed" and self._identity is not None:
+            self._identity.want_tokens()
 
     def _keys_changed(self) -> None:
         self._snapshots.use_keys(self._providers.keys)
@@ -200,7 +198,7 @@ class App:
         return runner
 
     def _render_metrics(self) -> str:
-        snapshot, current = self._serving.snapshot, None if self._source is None else self._source.current
+        snapshot, current = self._serving.snapshot, None if self._identity is None else self._identity.source.current
         return self._metrics.render(
             revision="" if snapshot is None else snapshot.revision,
             bundle_age_s=None if self._bundles is None else self._bundles.age_s,

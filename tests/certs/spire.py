@@ -1,19 +1,20 @@
-"""A real SPIRE server and agent on loopback, with one registered workload: the user who runs the tests."""
+"""Real SPIRE on loopback: a server and an agent for each trust domain, and one registered workload: the user who runs the tests."""
 
 import asyncio
+import json
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from certs.spiffe import SpiffeId
+from certs.spiffe import SpiffeId, TrustDomain
 from tests.certs.pki import A_TEST, API
 from tests.parts import part
 
-NODE = "spiffe://a.test/node"
 SVID_TTL_S = 15  # SPIRE then rotates every 2 to 4 s
 START_S = 60.0
 
@@ -28,6 +29,16 @@ server {{
   ca_key_type = "ec-p256"
   ca_ttl = "10m"
   default_x509_svid_ttl = "60s"
+  default_jwt_svid_ttl = "60s"
+  federation {{
+    bundle_endpoint {{
+      address = "127.0.0.1"
+      port = {bundle_port}
+      refresh_hint = "10s"
+      profile "https_spiffe" {{}}
+    }}
+    {federates_with}
+  }}
 }}
 plugins {{
   DataStore "sql" {{
@@ -39,6 +50,12 @@ plugins {{
   NodeAttestor "join_token" {{ plugin_data {{}} }}
   KeyManager "disk" {{ plugin_data {{ keys_path = "{folder}/server/keys.json" }} }}
 }}
+"""
+FEDERATES_WITH = """
+    federates_with "{domain}" {{
+      bundle_endpoint_url = "https://127.0.0.1:{bundle_port}"
+      bundle_endpoint_profile "https_spiffe" {{ endpoint_spiffe_id = "spiffe://{domain}/spire/server" }}
+    }}
 """
 AGENT_CONF = """
 agent {{
@@ -60,43 +77,73 @@ plugins {{
 
 
 class SpireAgent:
-    """SPIRE as the contract tests see an agent."""
+    """SPIRE of one trust domain, as the contract tests see an agent. *others* are federated with, when all are up."""
 
-    def __init__(self) -> None:
+    def __init__(self, domain: TrustDomain = A_TEST, workload: SpiffeId = API) -> None:
+        self.domain = domain
+        self.workload = workload
         self._programs = part("spire")
         self._folder = Path(tempfile.mkdtemp(prefix="sg"))
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._entry = ""
+        self._others: tuple[SpireAgent, ...] = ()
+        self._port, self.bundle_port = _free_port(), _free_port()
         self.address = f"unix:{self._folder}/agent.sock"
 
     @asynccontextmanager
-    async def up(self) -> AsyncIterator[None]:
-        """Run server and agent while the block lasts, the workload registered."""
+    async def up(self, *others: "SpireAgent") -> AsyncIterator[None]:
+        """Run server and agent while the block lasts; the workload is registered, unless there are *others* to wait for."""
+        self._others = others
         for name in ("server", "agent"):
             (self._folder / name).mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        values = {
+            "folder": self._folder,
+            "port": self._port,
+            "domain": self.domain,
+            "bundle_port": self.bundle_port,
+            "federates_with": "".join(
+                FEDERATES_WITH.format(domain=each.domain, bundle_port=each.bundle_port) for each in others
+            ),
+        }
         for name, text in (("server", SERVER_CONF), ("agent", AGENT_CONF)):
-            (self._folder / f"{name}.conf").write_text(text.format(folder=self._folder, port=port, domain=A_TEST))
+            (self._folder / f"{name}.conf").write_text(text.format(**values))
         try:
-            await self._spawn("server")
-            await self._answers("healthcheck")
+            await self.start("server")
             (self._folder / "bundle.pem").write_text(await self._server("bundle", "show"))
-            token = (await self._server("token", "generate", "-spiffeID", NODE)).split()[-1]
+            token = (await self._server("token", "generate", "-spiffeID", self._node)).split()[-1]
             await self._spawn("agent", "-joinToken", token)
-            await self.restore()
+            if not others:
+                await self.restore()
             yield
         finally:
             for process in self._running.values():
                 await _end(process)
             shutil.rmtree(self._folder)
 
-    async def restore(self, spiffe_id: SpiffeId = API) -> None:
+    @property
+    def _node(self) -> str:
+        return f"spiffe://{self.domain}/node"
+
+    async def federate(self) -> None:
+        """Tell the server the others' bundles, and register the workload with them."""
+        for other in self._others:
+            path = self._folder / f"{other.domain}.json"
+            path.write_text(await other._server("bundle", "show", "-format", "spiffe"))
+            await self._server(
+                "bundle", "set", "-format", "spiffe", "-id", f"spiffe://{other.domain}", "-path", str(path)
+            )
+        await self.restore()
+
+    async def unfederate(self, other: "SpireAgent") -> None:
+        """Take the other domain's bundle away from everybody."""
+        await self._server("bundle", "delete", "-id", f"spiffe://{other.domain}", "-mode", "dissociate")
+
+    async def restore(self, spiffe_id: SpiffeId | None = None) -> None:
         """Register the workload."""
         told = await self._server(
-            *("entry", "create", "-parentID", NODE, "-spiffeID", str(spiffe_id)),
-            *("-selector", f"unix:uid:{os.getuid()}", "-x509SVIDTTL", str(SVID_TTL_S)),
+            *("entry", "create", "-parentID", self._node, "-spiffeID", str(spiffe_id or self.workload)),
+            *("-selector", f"unix:uid:{os.getuid()}", "-x509SVIDTTL", str(SVID_TTL_S), "-jwtSVIDTTL", str(SVID_TTL_S)),
+            *(part for other in self._others for part in ("-federatesWith", f"spiffe://{other.domain}")),
         )
         self._entry = next(line.split()[-1] for line in told.splitlines() if line.startswith("Entry ID"))
 
@@ -104,13 +151,32 @@ class SpireAgent:
         """Delete the workload's entry."""
         await self._server("entry", "delete", "-entryID", self._entry)
 
-    async def stop(self) -> None:
-        """Kill the agent, as the kernel would for want of memory."""
-        await _end(self._running.pop("agent"))
+    async def prepare_authority(self) -> None:
+        """Announce a new CA: everybody trusts it before it signs."""
+        await self._server("localauthority", "x509", "prepare")
 
-    async def start(self) -> None:
-        """Start the agent again; it knows its key from disk."""
-        await self._spawn("agent")
+    async def activate_authority(self) -> None:
+        """Sign with the CA that was announced."""
+        shown = json.loads(await self._server("localauthority", "x509", "show", "-output", "json"))
+        await self._server("localauthority", "x509", "activate", "-authorityID", shown["prepared"]["authority_id"])
+
+    async def stop(self, name: str = "agent") -> None:
+        """Kill it, as the kernel would for want of memory."""
+        await _end(self._running.pop(name))
+
+    async def start(self, name: str = "agent") -> None:
+        """Start it, or start it again: it knows its keys from disk."""
+        await self._spawn(name)
+        if name == "server":
+            await self._answers("healthcheck")
+
+    def freeze(self) -> None:
+        """Stop the agent without ending it."""
+        self._running["agent"].send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._running["agent"].send_signal(signal.SIGCONT)
 
     async def _spawn(self, name: str, *arguments: str) -> None:
         self._running[name] = await asyncio.create_subprocess_exec(
@@ -137,6 +203,22 @@ class SpireAgent:
         )
         told, _ = await process.communicate()
         return process.returncode or 0, told.decode()
+
+
+@asynccontextmanager
+async def federated(one: SpireAgent, other: SpireAgent) -> AsyncIterator[None]:
+    """Run both, each trusting the other for the other's own members."""
+    async with one.up(other), other.up(one):
+        await one.federate()
+        await other.federate()
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

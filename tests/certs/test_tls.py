@@ -15,7 +15,14 @@ from certs.authority import Authority, make_key
 from certs.errors import BadCertificate, Expired, PeerReason, WorkloadApiError
 from certs.spiffe import SpiffePattern
 from certs.svid import X509Snapshot
-from certs.tls import ClientCertificate, MutualClient, MutualServer, ServingServer, web_client_context
+from certs.tls import (
+    ClientCertificate,
+    MutualClient,
+    MutualServer,
+    ServingServer,
+    require_key_memory,
+    web_client_context,
+)
 from certs.verify import Peer
 from tests.certs.pki import API, B_TEST, CA_LIFETIME, LIFETIME, NOW, a_leaf, an_authority, der, key_der
 
@@ -461,6 +468,8 @@ def test_without_anonymous_memory_a_key_is_not_loaded(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "memfd_create", fail)
     with pytest.raises(BadCertificate, match="no anonymous memory"):
         MutualServer(now=Clock()).follow(a_snapshot())
+    with pytest.raises(BadCertificate, match="no anonymous memory"):
+        require_key_memory()
 
 
 def test_without_proc_a_key_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +481,19 @@ def test_without_proc_a_key_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", fail)
     with pytest.raises(BadCertificate, match="cannot be loaded from memory"):
         MutualServer(now=Clock()).follow(a_snapshot())
+
+
+def test_memory_for_keys_is_tried_before_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process can refuse to start, instead of finding out with its first SVID."""
+    require_key_memory()
+
+    def fail(_: object) -> bytes:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(tls.Path, "read_bytes", fail)
+    with pytest.raises(BadCertificate, match="cannot be loaded from memory"):
+        require_key_memory()
+    assert not [target for target in open_descriptors() if "memfd" in target]
 
 
 # --- ordinary HTTPS -------------------------------------------------------------------------------------------------
