@@ -5,7 +5,9 @@ A Fault is ours: answered without detail, logged with a traceback.
 A ConfigError is the operator's: it names the setting, what was given and what is allowed.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Any
 
 
 class Reason(StrEnum):
@@ -44,11 +46,13 @@ class Refusal(Exception):  # noqa: N818 - not an error: the expected answer to a
         id: the JSON-RPC id to answer, once it is known.
         revision: the protocol revision to answer in (sidecar/core/revision.py), once it is known.
         headers: what HTTP must say beside the status, such as WWW-Authenticate.
+        data: what the protocol wants said beside the reason, in the error's data.
     """
 
     id: str | int | None = None
     revision: str | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    data: Mapping[str, Any] | None = None
 
     def __init__(self, reason: Reason, public: str, *, detail: str = "", retry_after_s: int | None = None) -> None:
         super().__init__(reason, public, detail)

@@ -6,18 +6,24 @@ the batch is sent only when all of them passed. The way back is sidecar/core/ans
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from sidecar.core.agreement import ParamHeaders
-from sidecar.core.authorise import Agent, Engine, Question, authorise
-from sidecar.core.connection import RESERVED_PREFIX, Connection, check_origin, forged_headers
+from sidecar.core.agreement import check as check_agreement
+from sidecar.core.authorise import Agent, Engine, Permit, Question, authorise
+from sidecar.core.connection import RESERVED_PREFIX, Connection, forged_headers
 from sidecar.core.identity import Trust, authenticate
-from sidecar.core.limits import Admission, Buckets, admit
-from sidecar.core.message import Message, Shape, parse
+from sidecar.core.limits import Admission, Buckets, admit, give_back
+from sidecar.core.message import Message, Shape, Subscription, Task, malformed, parse, parse_any
+from sidecar.core.origin import check_host, check_origin
+from sidecar.core.origin import preflight as grant
 from sidecar.core.ownership import Owned, endpoints, tasks
 from sidecar.core.pending import Pending
 from sidecar.core.profile import Profile
+from sidecar.core.replies import Response
+from sidecar.core.revision import CLIENT, UNSAID, Revision, of_header
 from sidecar.core.scopes import require_scopes
 from sidecar.core.session import Sessions
 from sidecar.core.trace import of_message
@@ -25,6 +31,8 @@ from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 
 SESSION: Final = b"mcp-session-id"
+VERSION: Final = b"mcp-protocol-version"
+CANCELLED: Final = "notifications/cancelled"
 AGENT_SESSION: Final = b"sidegate-agent-session"
 # With another charset some servers (body-parser) would decode other text from the bytes than the one that was judged.
 _JSON: Final = re.compile(r'application/json[ \t]*(;[ \t]*charset=("utf-8"|utf-8)[ \t]*)?', re.IGNORECASE | re.ASCII)
@@ -40,6 +48,11 @@ class Snapshot:
     engines: tuple[Engine, ...]
     trust: Trust
     hosts: frozenset[str] = frozenset()  # authorities under which callers know us; empty: any Host, no Origin
+
+    @property
+    def is_sse(self) -> bool:
+        """Say whether the server speaks HTTP+SSE of 2024-11-05."""
+        return self.profile.server.transport == "sse"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +103,9 @@ def judge(
     exchange.removed = refuse_forgeries(connection)
     principal = exchange.principal = authenticate(connection, snapshot.trust, now_s)
     if snapshot.is_sse and connection.method == "POST":
-        memory.endpoints.require(target_of(connection), principal)
+        memory.endpoints.require(
+            f"{connection.path}?{connection.query}" if connection.query else connection.path, principal
+        )
     found = read(connection, snapshot)
     if isinstance(found, Message):
         exchange.message = found
@@ -131,10 +146,11 @@ def _admit(exchange: Exchange, permit: Permit, snapshot: Snapshot, memory: Memor
     """Return the admission for *permit*; raises Refusal(THROTTLED)."""
     message = permit.question.message
     admission = exchange.admission = admit(permit, snapshot.profile.limits, memory.buckets, clock_s)
-    if message.shape is Shape.RESPONSE and message.id is not None:
-        memory.asked.remove(scope(exchange), message.id)  # once answered, a second answer has nothing to answer
-    elif exchange.session_id is None and message.shape is Shape.REQUEST and message.id is not None:
-        memory.calls.add(scope(exchange), message.id)
+    if message.id is not None:
+        if message.shape is Shape.RESPONSE:
+            memory.asked.remove(scope(exchange), message.id)  # once answered, a second answer has nothing to answer
+        elif exchange.session_id is None and message.method != "initialize":  # which cannot be cancelled
+            memory.calls.add(scope(exchange), message.id)
     return admission
 
 
@@ -178,21 +194,30 @@ def _admit_all(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory
             for before in exchanges[:number]:
                 assert before.admission is not None  # noqa: S101 - same
                 give_back(before.admission, snapshot.profile.limits, memory.buckets, clock_s)
-                release(before, memory)
+                _undo(before, memory)
             return
+
+
+def _undo(exchange: Exchange, memory: Memory) -> None:
+    """Forget that *exchange* was admitted: it is not sent."""
+    message = exchange.message
+    if message is not None and message.shape is Shape.RESPONSE and message.id is not None:
+        memory.asked.add(scope(exchange), message.id)
+    release(exchange, memory)
 
 
 def check_endpoint(connection: Connection, snapshot: Snapshot) -> None:
     """Refuse what is not addressed to the MCP endpoint: NOT_FOUND, METHOD_NOT_ALLOWED, UNSUPPORTED_MEDIA."""
-    host = connection.header(b"host")
-    if host is None or (snapshot.hosts and host not in snapshot.hosts):
-        raise Refusal(Reason.FORBIDDEN_CALLER, "this Host is not served here", detail=str(host)[:MAX_LABEL_CHARS])
-    check_origin(connection, snapshot.hosts)
-    if connection.path not in snapshot.profile.server.paths:
+    server = snapshot.profile.server
+    check_host(connection, snapshot.hosts)
+    check_origin(connection, snapshot.hosts, server.origins)
+    is_post = connection.method == "POST"
+    # Where clients of 2024-11-05 post to is the server's to say: `judge` asks who was told so.
+    if connection.path not in server.paths and not (is_post and snapshot.is_sse):
         raise Refusal(Reason.NOT_FOUND, "this path is not the MCP endpoint", detail=connection.path[:MAX_LABEL_CHARS])
     if connection.method not in ("POST", "GET", "DELETE"):
         raise Refusal(Reason.METHOD_NOT_ALLOWED, "MCP uses POST, GET and DELETE", detail=connection.method)
-    if connection.method == "POST":
+    if is_post:
         kind = connection.header(b"content-type") or ""
         if not _JSON.fullmatch(kind):
             raise Refusal(
@@ -205,6 +230,14 @@ def check_endpoint(connection: Connection, snapshot: Snapshot) -> None:
             raise Refusal(Reason.UNSUPPORTED_MEDIA, "an encoded body is not accepted")
 
 
+def preflight(connection: Connection, snapshot: Snapshot) -> Response:
+    """Return the answer to OPTIONS, which needs no identity and reaches nobody; raises Refusal."""
+    server = snapshot.profile.server
+    check_host(connection, snapshot.hosts)
+    check_origin(connection, snapshot.hosts, server.origins)
+    return grant(connection, server.origins)
+
+
 def refuse_forgeries(connection: Connection) -> tuple[str, ...]:
     """Return the names of headers that claim an identity and will not travel on; refuse those that only we may write."""
     forged = forged_headers(connection.headers)
@@ -215,37 +248,70 @@ def refuse_forgeries(connection: Connection) -> tuple[str, ...]:
     return forged
 
 
-def read(connection: Connection) -> Message:
-    """Return the message that *connection* carries; raises Refusal(MALFORMED or UNKNOWN_METHOD)."""
+def read(connection: Connection, snapshot: Snapshot) -> Message | tuple[Message | Refusal, ...]:
+    """Return the message that *connection* carries, or the messages of its batch; raises Refusal."""
+    version = connection.header(VERSION)
     if connection.method == "POST":
-        return parse(connection.body)
+        if snapshot.is_sse:
+            return parse(connection.body, version, Revision.V2024_11_05)
+        return parse_any(connection.body, version)
     if connection.body:
-        raise Refusal(Reason.MALFORMED, f"{connection.method} has no body")
+        raise malformed(f"{connection.method} has no body")
+    revision = of_header(version, Revision.V2024_11_05 if snapshot.is_sse else UNSAID)
+    if revision.is_modern or (snapshot.is_sse and connection.method == "DELETE"):
+        refusal = Refusal(Reason.METHOD_NOT_ALLOWED, f"MCP {revision} does not use {connection.method}")
+        refusal.revision = revision
+        raise refusal
     shape = Shape.OPEN_STREAM if connection.method == "GET" else Shape.CLOSE_SESSION
-    return Message(shape=shape, method=shape.value, params={})
+    return Message(shape=shape, method=shape.value, params={}, revision=revision)
 
 
 def _agent(exchange: Exchange, message: Message, memory: Memory) -> Agent:
-    """Return what the caller says of itself, from this message or from the one that opened its session."""
+    """Return what the caller says of itself, in this message or in the one that opened its session."""
     connection, principal = exchange.connection, exchange.principal
     assert principal is not None  # noqa: S101 - for the type checker: the stage before set it
     stamped = connection.header(AGENT_SESSION)
-    session_id = connection.header(SESSION)
+    session_id = None if message.revision.is_modern else connection.header(SESSION)
     exchange.session_id = session_id
     session = None if session_id is None else memory.sessions.require(session_id, principal)
-    if message.method == "initialize":
-        info = message.params.get("clientInfo")
-        client = info if isinstance(info, dict) else {}
-        return Agent(
-            session=_label(stamped),
-            client_name=_label(client.get("name")),
-            client_version=_label(client.get("version")),
-        )
-    if session is None:
-        return Agent(session=_label(stamped))
+    if session is None or message.method == "initialize":
+        return _described(message, stamped)
     return (
         session.agent if stamped is None else replace(session.agent, session=_label(stamped) or session.agent.session)
     )
+
+
+def _described(message: Message, stamped: str | None) -> Agent:
+    said: object = message.params
+    member = "clientInfo"
+    if message.method != "initialize":
+        said, member = message.params.get("_meta"), CLIENT
+    client = said.get(member) if isinstance(said, dict) else None
+    if not isinstance(client, dict):
+        return Agent(session=_label(stamped))
+    return Agent(
+        session=_label(stamped),
+        client_name=_label(client.get("name")),
+        client_version=_label(client.get("version")),
+    )
+
+
+def _check_owners(exchange: Exchange, message: Message, memory: Memory) -> None:
+    """Refuse what concerns a task or a request that is not the caller's: UNKNOWN_TASK, UNSOLICITED."""
+    target, principal = message.target, exchange.principal
+    assert principal is not None  # noqa: S101 - for the type checker: the stage before set it
+    if isinstance(target, Task):
+        memory.tasks.require(target.id, principal)
+    elif isinstance(target, Subscription):
+        for task_id in target.tasks:
+            memory.tasks.require(task_id, principal)
+    elif message.shape is Shape.RESPONSE:
+        if message.id is None or not memory.asked.has(scope(exchange), message.id):
+            raise Refusal(Reason.UNSOLICITED, "no request waits for this response", detail=str(message.id))
+    elif message.method == CANCELLED and exchange.session_id is None:
+        request_id = message.params.get("requestId")
+        if not isinstance(request_id, str | int) or not memory.calls.has(scope(exchange), request_id):
+            raise Refusal(Reason.UNSOLICITED, "no such request is under way", detail=str(request_id)[:MAX_LABEL_CHARS])
 
 
 def _label(value: object) -> str | None:
@@ -270,7 +336,7 @@ def release(exchange: Exchange, memory: Memory) -> None:
     message, principal = exchange.message, exchange.principal
     if exchange.admission is None or message is None or principal is None or message.id is None:
         return
-    if exchange.session_id is None and message.shape is Shape.REQUEST:
+    if exchange.session_id is None and message.shape is Shape.REQUEST and message.method != "initialize":
         memory.calls.remove(scope(exchange), message.id)
 
 

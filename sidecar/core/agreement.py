@@ -5,12 +5,25 @@ refused, never resolved. Headers are decoded to be compared only; they are forwa
 Streamable HTTP, request metadata and server validation; SEP-2243.
 """
 
-from collections.abc import Iterable
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
+from sidecar.core.connection import Connection
+from sidecar.core.message import Message, Prompt, Resource, Shape, Task, Tool
+from sidecar.errors import Reason, Refusal
+
+METHOD: Final = b"mcp-method"
+NAME: Final = b"mcp-name"
+# Whose name or URI the header repeats, and must repeat from 2026-07-28 on; the tasks extension's is compared if there.
+NAMED: Final = frozenset({"tools/call", "prompts/get", "resources/read"})
+TASKED: Final = frozenset({"tasks/get", "tasks/update", "tasks/cancel"})
 MAX_TOOLS: Final = 10_000  # whose annotations are known; the one listed longest ago goes first
 
 
@@ -64,3 +77,105 @@ def _annotated(item: msgspec.Raw) -> tuple[ParamHeader, ...]:
         if isinstance(properties, dict):
             left += [((*path, name), child) for name, child in properties.items()]
     return tuple(found)
+
+
+def check(connection: Connection, message: Message, param_headers: ParamHeaders) -> None:
+    """Hold the routing headers of *connection* against *message*; raises Refusal(HEADER_MISMATCH).
+
+    In every revision, also where servers ignore them: somebody before us may have judged by them.
+    """
+    values = connection.values
+    if len(values) < len(connection.headers):
+        _refuse_repeated(connection)
+    is_demanded = message.shape is Shape.REQUEST and message.revision.is_modern
+    method = values.get(METHOD)
+    if (method is not None or is_demanded) and not _says(method, message.method):
+        raise _mismatch("Mcp-Method", method)
+    target = message.target
+    name = values.get(NAME)
+    if name is not None or is_demanded:
+        expected = _name(message)
+        if expected is not None and not _says(name, expected) and (name is not None or message.method in NAMED):
+            raise _mismatch("Mcp-Name", name)
+    if isinstance(target, Tool):
+        annotated = param_headers.known.get(target.name)
+        if annotated is not None:
+            _check_params(values, target, annotated, is_demanded=is_demanded)
+
+
+def _name(message: Message) -> str | None:
+    """Return what Mcp-Name repeats of *message*; None when it repeats nothing."""
+    match message.target:
+        case Tool(name=name) | Prompt(name=name) if message.method in NAMED:
+            return name
+        case Resource(uri=uri) if message.method in NAMED:
+            return uri
+        case Task(id=task_id) if message.method in TASKED:
+            return task_id
+    return None
+
+
+def _check_params(
+    values: Mapping[bytes, bytes], tool: Tool, annotated: Iterable[ParamHeader], *, is_demanded: bool
+) -> None:
+    for each in annotated:
+        header, argument = values.get(each.header), _argument(tool, each.path)
+        if header is None and (argument is None or not is_demanded):
+            continue
+        if not _repeats(header, argument):
+            raise _mismatch(each.header.decode("ascii", "replace"), header)
+
+
+def _argument(tool: Tool, path: tuple[str, ...]) -> Any:
+    value: Any = tool.arguments
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _repeats(header: bytes | None, argument: Any) -> bool:
+    if isinstance(argument, dict | list):  # what the server annotated there has no form in a header: its to judge
+        return True
+    if header is None or argument is None:
+        return header is argument
+    if isinstance(argument, str):
+        return _says(header, argument)
+    text = header.decode("latin-1")
+    if isinstance(argument, bool):
+        return text == ("true" if argument else "false")
+    return bool(_NUMBER.fullmatch(text)) and Decimal(text) == Decimal(str(argument))
+
+
+_NUMBER: Final = re.compile(r"-?\d{1,400}(\.\d{1,400})?([eE][+-]?\d{1,4})?", re.ASCII)  # as large as JSON's are here
+_SENTINEL: Final = re.compile(rb"=\?base64\?(.*)\?=", re.DOTALL)  # this very spelling, or it is plain text
+
+
+def _says(header: bytes | None, text: str) -> bool:
+    """Say whether *header* repeats *text*: as it is, or in base64 where HTTP could not carry it.
+
+    One client (Go's) writes what is not ASCII as it is; as long as the bytes are the same, so is what they say.
+    """
+    if header is None:
+        return False
+    encoded = _SENTINEL.fullmatch(header)
+    if encoded is None:
+        return header == text.encode()
+    try:
+        decoded = base64.b64decode(encoded[1], validate=True)
+    except binascii.Error:
+        return False
+    return decoded == text.encode() and base64.b64encode(decoded) == encoded[1]  # one spelling only
+
+
+def _refuse_repeated(connection: Connection) -> None:
+    """Refuse a routing header that is given twice: servers differ in which of the two they take."""
+    seen: set[bytes] = set()
+    for name, _ in connection.headers:
+        if name in seen and name.startswith(b"mcp-"):
+            raise _mismatch(name.decode("ascii", "replace"), None, what="is given more than once")
+        seen.add(name)
+
+
+def _mismatch(name: str, value: bytes | None, *, what: str = "") -> Refusal:
+    what = what or ("is missing" if value is None else "and the body differ")
+    return Refusal(Reason.HEADER_MISMATCH, f"{name} {what}", detail="" if value is None else str(value)[:256])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sidecar.core.identity import Principal
-from sidecar.core.message import Ask, Listing, Message, Prompt, Resource, Task, Tool
+from sidecar.core.message import Ask, Listing, Message, Prompt, Resource, Subscription, Task, Tool
 from sidecar.core.profile import Server
 from sidecar.errors import Reason, Refusal
 
@@ -131,19 +131,35 @@ def authorise(question: Question, engines: Sequence[Engine], revision: str) -> P
 
     A lifecycle message (initialize, ping, a client's answer, opening a stream …) needs no rule: it does nothing by
     itself, and refusing it would demote or kill clients (MCP 2026-07-28, versioning). A listing needs none either: its
-    items are judged one by one on the way back (sidecar/core/filters.py).
+    items are judged one by one on the way back (sidecar/core/filters.py). The right to a task is to own it.
     """
-    target = question.message.target
-    if target is None or isinstance(target, Listing):
+    message = question.message
+    target = message.target
+    if target is None or isinstance(target, Listing | Task):
         return Permit(question=question, policies=(), revision=revision)
+    if isinstance(target, Subscription):
+        return _subscribe(question, target, engines, revision)
     verdict = judge(question, engines)
     if not verdict.allowed:
-        raise Refusal(
-            Reason.DENIED,
-            f"policy does not allow {question.message.method} on {target.label}",
-            detail="; ".join((*verdict.errors, *verdict.policies)) or "no rule allows it",
-        )
+        raise _denied(message.method, target.label, verdict)
     return Permit(question=question, policies=verdict.policies, revision=revision)
+
+
+def _subscribe(question: Question, wanted: Subscription, engines: Sequence[Engine], revision: str) -> Permit:
+    """Return the permit for a subscription: to be told of a resource takes the right to read it."""
+    policies: list[str] = []
+    for uri in wanted.resources:
+        resource = Resource(uri=uri)
+        verdict = judge(replace(question, message=question.message.about(resource)), engines)
+        if not verdict.allowed:
+            raise _denied(question.message.method, resource.label, verdict)
+        policies.extend(verdict.policies)
+    return Permit(question=question, policies=tuple(dict.fromkeys(policies)), revision=revision)
+
+
+def _denied(method: str, label: str, verdict: Verdict) -> Refusal:
+    detail = "; ".join((*verdict.errors, *verdict.policies)) or "no rule allows it"
+    return Refusal(Reason.DENIED, f"policy does not allow {method} on {label}", detail=detail)
 
 
 def visible(

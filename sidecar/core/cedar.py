@@ -7,10 +7,11 @@ of a caller's arguments becomes an entity. Source: Cedar policy language guide, 
 principal  User::"<issuer>#<id>", without a user Workload::"<SPIFFE ID>", without either Anonymous::"anonymous";
            in Role:: and Group::; attributes id, issuer, email, role, roles, groups, or those of `input.workload`
 action     Action::"tools/call" and the like
-resource   Tool::"<server>/<name>", Prompt::"<server>/<name>" or Resource::"<uri>", in Server::"<server>"; attributes
-           name or uri, and on the server namespace, workload, name, version
-context    args (of the tool or prompt), claims (of the user), delegation, workload, agent, request, method; null ones
-           left out
+resource   Tool::"<server>/<name>", Prompt::"<server>/<name>" or Resource::"<uri>", in Server::"<server>"; the server
+           itself for what it asks of the client; attributes name or uri, and on the server namespace, workload, name,
+           version
+context    args (of the tool or prompt), claims (of the user), elicitation, delegation, workload, agent, request, method;
+           null ones left out
 """
 
 import json
@@ -89,9 +90,10 @@ def translate(document: Mapping[str, Any]) -> tuple[Json, str]:
     resource, described, server = _resource(document)
     entities = [
         {"uid": principal, "attrs": attributes, "parents": parents},
-        {"uid": resource, "attrs": described, "parents": [server]},
         {"uid": server, "attrs": _without_null(document.get("server") or {}), "parents": []},
     ]
+    if resource != server:
+        entities.insert(1, {"uid": resource, "attrs": described, "parents": [server]})
     request = {
         "principal": principal,
         "action": {"type": "Action", "id": str(document.get("method"))},
@@ -127,7 +129,9 @@ def _resource(document: Mapping[str, Any]) -> tuple[Json, Json, Json]:
         named = document.get(kind)
         if named is not None:
             return _uid(kind.title(), f"{server['id']}/{named.get('name')}"), {"name": str(named.get("name"))}, server
-    uri = (document.get("resource") or {}).get("uri")
+    if document.get("resource") is None:  # what the server asks of the client is about the server itself
+        return server, {}, server
+    uri = document["resource"].get("uri")
     return _uid("Resource", uri), {"uri": str(uri)}, server
 
 
@@ -137,7 +141,7 @@ def _context(document: Mapping[str, Any]) -> Json:
     context["claims"] = (document.get("user") or {}).get("claims", {})
     for part in ("args", "claims"):
         _check(context[part], part)
-    for part in ("workload", "agent", "request", "delegation"):
+    for part in ("workload", "agent", "request", "delegation", "elicitation"):
         context[part] = document.get(part)
     return _without_null(context)
 

@@ -1,7 +1,7 @@
 """What the shell knows of one HTTP request before anyone judged it, and which of its headers may travel on.
 
-Refuses nothing about identity. Hop-by-hop rules: RFC 9110, 7.6.1. Host and Origin: MCP transports, security warning;
-servers that listen on loopback demand a loopback Host, so ours is written there after it was judged here.
+Refuses nothing about identity. Hop-by-hop rules: RFC 9110, 7.6.1. Servers that listen on loopback demand a loopback
+Host, so ours is written there after it was judged (sidecar/core/origin.py).
 """
 
 from collections.abc import Sequence
@@ -129,13 +129,16 @@ class Connection:
         return value.decode("latin-1")
 
 
-def forwarded_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+def forwarded_headers(headers: Headers, *, in_session: bool = True) -> list[tuple[bytes, bytes]]:
     """Return those of *headers* that the upstream may see, in order and byte for byte.
 
     A name with an underscore is dropped, as nginx does: CGI-like servers read it as its sister with a dash, which was
-    judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged.
+    judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged. The id of a
+    session travels *in_session* only: stateless messages have none, but a server that does not know them would use it.
     """
     nominated = {name for name in _nominated(headers) if not name.startswith(b"mcp-")}
+    if not in_session:
+        nominated.add(b"mcp-session-id")
     return [(name, value) for name, value in headers if _travels(name) and name not in nominated]
 
 
@@ -164,13 +167,3 @@ def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
 def _nominated(headers: Headers) -> set[bytes]:
     """Return the names that a Connection field makes hop-by-hop."""
     return {option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")}
-
-
-def check_origin(connection: Connection, hosts: frozenset[str]) -> None:
-    """Refuse a browser's cross-site request: MCP transports, DNS rebinding. Raises Refusal(FORBIDDEN_CALLER).
-
-    *hosts* are the authorities under which this server is known; without an Origin header there is nothing to judge.
-    """
-    origin = connection.header(b"origin")
-    if origin is not None and origin.partition("://")[2] not in hosts:
-        raise Refusal(Reason.FORBIDDEN_CALLER, "this Origin may not call", detail=origin[:256])

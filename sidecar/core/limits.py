@@ -59,6 +59,14 @@ def admit(permit: Permit, limits: tuple[Limit, ...], buckets: Buckets, now_s: fl
     return Admission(permit=permit, limits=tuple([limit.name for limit in applying]))
 
 
+def give_back(admission: Admission, limits: tuple[Limit, ...], buckets: Buckets, now_s: float) -> None:
+    """Return the tokens of *admission* to their buckets: its message is not sent."""
+    for limit in limits:
+        if limit.name in admission.limits:
+            bucket = _filled(limit, admission.permit, buckets, now_s)
+            bucket.tokens = min(float(limit.burst), bucket.tokens + 1)
+
+
 def _applies(limit: Limit, permit: Permit) -> bool:
     message = permit.question.message
     if message.method not in limit.methods:

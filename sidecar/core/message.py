@@ -1,9 +1,10 @@
-"""Reads one MCP message from the bytes of an HTTP request; the same bytes are forwarded, so nothing may be ambiguous.
+"""Reads MCP messages from the bytes of an HTTP request; the same bytes are forwarded, so nothing may be ambiguous.
 
 Refuses what two JSON readers could understand differently: duplicate keys, a BOM, UTF-16, NaN, lone surrogates, two
-documents, a message that is both request and response, batches, ids that are neither string nor integer. Refuses every
-method that the table below does not name. JSON-RPC 2.0; RFC 8259; MCP 2024-11-05 to 2025-11-25, server and client
-features. Differences between real servers are why (docs/explanation/threat-model.md).
+documents, a message that is both request and response, ids that are neither string nor integer, batches where the
+revision has none. Refuses every method that the table below does not name. JSON-RPC 2.0; RFC 8259; MCP 2024-11-05 to
+2026-07-28, server and client features, and the tasks extension. Differences between real servers are why
+(docs/explanation/threat-model.md).
 """
 
 import json
@@ -14,12 +15,14 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.core.revision import UNSAID, Revision
+from sidecar.core.revision import CAPABILITIES, UNSAID, VERSION, Revision, of_call, of_header
 from sidecar.errors import Reason, Refusal
 
 MAX_DEPTH: Final = 64  # nesting levels; SDKs' own parsers stop between 100 and 1000, engines at about 120
 MAX_ID_CHARS: Final = 256  # a request id is echoed in every refusal; SDKs use counters and UUIDs
 MAX_ID: Final = 2**63 - 1  # what every JSON writer can echo; TypeScript's SDK stops at 2**53
+MAX_BATCH: Final = 64  # messages in one body, each of them judged and recorded; SDKs send single ones
+MAX_SUBSCRIBED: Final = 256  # resources and tasks in one subscription, each of them judged
 
 
 class Shape(StrEnum):
@@ -176,13 +179,36 @@ def _reference(params: Mapping[str, Any]) -> Target:
     """Completion leaks the values of a prompt's or a template's arguments, so it needs the same right as using it."""
     reference = params.get("ref")
     if isinstance(reference, dict):
-        _refuse_lookalikes(reference, PARAMS)
+        _refuse_lookalikes(reference, _PARAMS, PARAMS)
         match reference.get("type"):
             case "ref/prompt":
                 return Prompt(name=_text(reference, "name"), arguments={})
             case "ref/resource":
                 return Resource(uri=_text(reference, "uri"))
     raise malformed("params.ref must be a ref/prompt or a ref/resource")
+
+
+def _task(params: Mapping[str, Any]) -> Target:
+    return Task(id=_text(params, "taskId"))
+
+
+def _subscription(params: Mapping[str, Any]) -> Target:
+    wanted = params.get("notifications", {})
+    if not isinstance(wanted, dict):
+        raise malformed("params.notifications must be an object")
+    _refuse_lookalikes(wanted, _WANTED, WANTED)
+    return Subscription(resources=_texts(wanted, "resourceSubscriptions"), tasks=_texts(wanted, "taskIds"))
+
+
+def _texts(wanted: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    values = wanted.get(key, [])
+    if (
+        not isinstance(values, list)
+        or len(values) > MAX_SUBSCRIBED
+        or not all(isinstance(each, str) for each in values)
+    ):
+        raise malformed(f"params.notifications.{key} must be at most {MAX_SUBSCRIBED} strings")
+    return tuple(values)
 
 
 def _nothing(_: Mapping[str, Any]) -> Target:
@@ -209,6 +235,12 @@ REQUESTS: Final[Mapping[str, Callable[[Mapping[str, Any]], Target]]] = {
     "resources/subscribe": _resource,
     "resources/unsubscribe": _resource,
     "completion/complete": _reference,
+    "subscriptions/listen": _subscription,
+    "tasks/list": _listing(Listing.TASKS),
+    "tasks/get": _task,
+    "tasks/result": _task,
+    "tasks/cancel": _task,
+    "tasks/update": _task,
 }
 NOTIFICATIONS: Final = frozenset(
     {
@@ -216,18 +248,27 @@ NOTIFICATIONS: Final = frozenset(
         "notifications/cancelled",
         "notifications/progress",
         "notifications/roots/list_changed",
+        "notifications/tasks/status",
     }
 )
 
 
+# The members that something is judged by.
 ENVELOPE: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
-PARAMS: Final = frozenset({"name", "arguments", "uri", "ref", "type", "_meta"})  # those that something is judged by
+PARAMS: Final = frozenset(
+    {"name", "arguments", "uri", "ref", "type", "_meta", "taskId", "notifications", "requestId", "protocolVersion"}
+)
+META: Final = frozenset({VERSION, CAPABILITIES})
+WANTED: Final = frozenset({"resourceSubscriptions", "taskIds"})
+_ENVELOPE, _PARAMS, _META, _WANTED = (
+    frozenset(name.casefold() for name in names) for names in (ENVELOPE, PARAMS, META, WANTED)
+)
 
 
-def _refuse_lookalikes(members: Mapping[str, Any], names: frozenset[str]) -> None:
+def _refuse_lookalikes(members: Mapping[str, Any], folded: frozenset[str], names: frozenset[str]) -> None:
     """Refuse a member that a reader without regard to case takes for one of *names*: Go's encoding/json, CVE-2026-27896."""
     for member in members:
-        if member not in names and member.casefold() in names:
+        if member not in names and member.casefold() in folded:
             raise malformed("a member's name differs from the protocol's only in case")
 
 
@@ -236,41 +277,89 @@ def malformed(what: str) -> Refusal:
     return Refusal(Reason.MALFORMED, what)
 
 
-def parse(body: bytes) -> Message:
-    """Return the message in *body*; raises Refusal(MALFORMED or UNKNOWN_METHOD), carrying no part of the content."""
+def parse(body: bytes, version: str | None = None, unsaid: Revision = UNSAID) -> Message:
+    """Return the one message in *body*, whose MCP-Protocol-Version is *version*; *unsaid* is meant without it.
+
+    Raises Refusal, carrying no part of the content: MALFORMED, UNKNOWN_METHOD, HEADER_MISMATCH, UNSUPPORTED_VERSION.
+    """
+    found = parse_any(body, version, unsaid)
+    if isinstance(found, tuple):
+        raise malformed("a batch is not accepted here: send one message per request")
+    return found
+
+
+def parse_any(
+    body: bytes, version: str | None = None, unsaid: Revision = UNSAID
+) -> Message | tuple[Message | Refusal, ...]:
+    """Return the message in *body*, or those of a batch: a refused request has its refusal in its place. Raises Refusal."""
     document = read_json(body)
     if isinstance(document, list):
+        return _batch(document, body, version, unsaid)
+    return _message(document, body, version, unsaid)
+
+
+def _batch(documents: list[Any], body: bytes, version: str | None, unsaid: Revision) -> tuple[Message | Refusal, ...]:
+    if not of_header(version, unsaid).has_batches:
         raise malformed("a batch is not accepted here: send one message per request")
+    if not 0 < len(documents) <= MAX_BATCH:
+        raise malformed(f"a batch has 1 to {MAX_BATCH} messages")
+    found: list[Message | Refusal] = []
+    for document in documents:
+        try:
+            found.append(_message(document, body, version, unsaid))
+        except Refusal as refusal:
+            if refusal.id is None and refusal.reason is not Reason.UNKNOWN_METHOD:
+                raise  # there is nobody to tell it to but the sender of the whole
+            found.append(refusal)
+    if any(isinstance(each, Message) and each.method == "initialize" for each in found):
+        raise malformed("initialize is not accepted in a batch")
+    asked = [each.id for each in found if each.id is not None and _is_request(each)]
+    if len(set(asked)) < len(asked):
+        raise malformed("two requests of a batch have the same id")
+    return tuple(found)
+
+
+def _is_request(found: Message | Refusal) -> bool:
+    return isinstance(found, Refusal) or found.shape is Shape.REQUEST
+
+
+def _message(document: Any, body: bytes, version: str | None, unsaid: Revision) -> Message:
     if not isinstance(document, dict):
         raise malformed("a JSON-RPC message is an object")
-    _refuse_lookalikes(document, ENVELOPE)
+    _refuse_lookalikes(document, _ENVELOPE, ENVELOPE)
     if document.get("jsonrpc") != "2.0":
         raise malformed('jsonrpc must be "2.0"')
     answers = "result" in document or "error" in document
     if "method" in document:
         if answers:
             raise malformed("a message is a request or a response, not both")
-        return _call(document, body)
+        return _call(document, body, version, unsaid)
     if not answers:
         raise malformed("a message has a method, a result or an error")
     if "result" in document and "error" in document:
         raise malformed("a response has a result or an error, not both")
-    return Message(shape=Shape.RESPONSE, method="response", id=_id(document), params={}, body=body)
+    revision = of_header(version, unsaid)
+    if revision.is_modern:
+        raise malformed(f"a client sends no response in {revision}")
+    return Message(shape=Shape.RESPONSE, method="response", id=_id(document), params={}, revision=revision, body=body)
 
 
-def _call(document: Mapping[str, Any], body: bytes) -> Message:
+def _call(document: Mapping[str, Any], body: bytes, version: str | None, unsaid: Revision) -> Message:
     method, params = document["method"], document.get("params", {})
     if not isinstance(method, str):
         raise malformed("method must be a string")
     if not isinstance(params, dict):
         raise malformed("params must be an object")
-    _refuse_lookalikes(params, PARAMS)
+    _refuse_lookalikes(params, _PARAMS, PARAMS)
+    meta = params.get("_meta")
+    if isinstance(meta, dict):
+        _refuse_lookalikes(meta, _META, META)
     if "id" not in document:
-        if method not in NOTIFICATIONS:
-            raise Refusal(Reason.UNKNOWN_METHOD, "this notification is not known here", detail=method[:MAX_ID_CHARS])
-        return Message(shape=Shape.NOTIFICATION, method=method, params=params, body=body)
+        return _notification(method, params, body, version, unsaid)
     request_id, read_target = _id(document), REQUESTS.get(method)
+    revision = None
     try:
+        revision = of_call(version, method, params, unsaid=unsaid, is_request=True)
         if read_target is None:
             raise Refusal(  # noqa: TRY301 - gets the id below, like those that read_target raises
                 Reason.UNKNOWN_METHOD, "this method is not known here", detail=method[:MAX_ID_CHARS]
@@ -278,8 +367,20 @@ def _call(document: Mapping[str, Any], body: bytes) -> Message:
         target = read_target(params)
     except Refusal as refusal:
         refusal.id = request_id  # the caller's SDK finds its call again only by the id
+        refusal.revision = refusal.revision or revision
         raise
-    return Message(shape=Shape.REQUEST, method=method, id=request_id, target=target, params=params, body=body)
+    return Message(
+        shape=Shape.REQUEST, method=method, id=request_id, target=target, params=params, revision=revision, body=body
+    )
+
+
+def _notification(
+    method: str, params: Mapping[str, Any], body: bytes, version: str | None, unsaid: Revision
+) -> Message:
+    revision = of_call(version, method, params, unsaid=unsaid, is_request=False)
+    if method not in NOTIFICATIONS:
+        raise Refusal(Reason.UNKNOWN_METHOD, "this notification is not known here", detail=method[:MAX_ID_CHARS])
+    return Message(shape=Shape.NOTIFICATION, method=method, params=params, revision=revision, body=body)
 
 
 def _id(document: Mapping[str, Any]) -> RequestId:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidecar.core.connection import check_origin, forwarded_headers, returned_headers
+from sidecar.core.connection import forwarded_headers, returned_headers
 from sidecar.errors import Reason, Refusal
 from tests.builders import a_connection
 
@@ -81,25 +81,3 @@ def test_the_servers_headers_travel_back() -> None:
     headers = [(b"mcp-session-id", b"s"), (b"content-length", b"3"), (b"transfer-encoding", b"chunked"), (b"x_y", b"1")]
 
     assert returned_headers(headers) == [(b"mcp-session-id", b"s"), (b"x_y", b"1")]
-
-
-@pytest.mark.parametrize("origin", [b"https://mcp.test", b"http://mcp.test"])
-def test_an_origin_of_ours_may_call(origin: bytes) -> None:
-    """Whatever the scheme: TLS may end before us."""
-    check_origin(a_connection(headers=[(b"origin", origin)]), frozenset({"mcp.test"}))
-
-
-def test_without_an_origin_there_is_nothing_to_judge() -> None:
-    """Only browsers send one."""
-    check_origin(a_connection(), frozenset())
-
-
-@pytest.mark.parametrize(
-    "origin", [b"null", b"", b"https://evil.test", b"mcp.test", b"https://mcp.test:8443", b"https://"]
-)
-def test_any_other_origin_is_refused(origin: bytes) -> None:
-    """A browser's page of another site: DNS rebinding."""
-    with pytest.raises(Refusal) as caught:
-        check_origin(a_connection(headers=[(b"origin", origin)]), frozenset({"mcp.test"}))
-
-    assert caught.value.reason is Reason.FORBIDDEN_CALLER

@@ -21,6 +21,8 @@ from sidecar.core.message import (
     Prompt,
     Resource,
     Shape,
+    Subscription,
+    Task,
     Tool,
     parse,
 )
@@ -215,6 +217,17 @@ def test_many_shallow_brackets_are_no_depth() -> None:
         ("resources/unsubscribe", {"uri": "db://a"}, Resource(uri="db://a")),
         ("completion/complete", {"ref": {"type": "ref/prompt", "name": "x"}}, Prompt(name="x", arguments={})),
         ("completion/complete", {"ref": {"type": "ref/resource", "uri": "db://{a}"}}, Resource(uri="db://{a}")),
+        ("tasks/list", {}, Listing.TASKS),
+        ("tasks/get", {"taskId": "t"}, Task(id="t")),
+        ("tasks/result", {"taskId": "t"}, Task(id="t")),
+        ("tasks/cancel", {"taskId": "t"}, Task(id="t")),
+        ("tasks/update", {"taskId": "t", "inputResponses": {}}, Task(id="t")),
+        ("subscriptions/listen", {"notifications": {"toolsListChanged": True}}, Subscription(resources=(), tasks=())),
+        (
+            "subscriptions/listen",
+            {"notifications": {"resourceSubscriptions": ["db://a", "db://b"], "taskIds": ["t"]}},
+            Subscription(resources=("db://a", "db://b"), tasks=("t",)),
+        ),
     ],
 )
 def test_each_request_is_authorised_on_its_target(method: str, params: dict[str, Any], target: object) -> None:

@@ -34,7 +34,7 @@ def body_of(refusal: Refusal, message: Message | None) -> dict[str, Any]:
         (Reason.UNSOLICITED, 200, 403),
         (Reason.NOT_SENT, 200, 424),
         (Reason.HEADER_MISMATCH, 400, -32020),
-        (Reason.UNSUPPORTED_VERSION, 400, -32022),
+        (Reason.UNSUPPORTED_VERSION, 400, -32600),
         (Reason.UNAUTHENTICATED, 401, 401),
         (Reason.INSUFFICIENT_SCOPE, 403, 403),
         (Reason.PROVIDER, 200, -32603),
