@@ -2,7 +2,7 @@
 
 A JSON response is held until it is whole, because its length can change; a stream passes event by event, none waiting
 for the next; anything else passes as it comes, since no client reads MCP from it. Refuses a response that cannot be
-judged. MCP 2025-03-26 and later, transports.
+judged. MCP 2024-11-05 to 2026-07-28, transports.
 """
 
 import hashlib
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Final
 
-from sidecar.core.authorise import Engine, Permit
 from sidecar.core.connection import Headers
-from sidecar.core.filters import review
-from sidecar.core.message import Listing, Shape
-from sidecar.core.sse import BadStream, Splitter
+from sidecar.core.endpoint import target_of
+from sidecar.core.filters import Reader
+from sidecar.core.message import Listing
+from sidecar.core.review import Judge, Seen, review
+from sidecar.core.sse import BadStream, Event, Splitter
 from sidecar.errors import Reason, Refusal
 
 MAX_HELD_BYTES: Final = 16 * 2**20  # of a JSON response that must be filtered; SDKs stop at 4 MiB
-MAX_KEPT_BYTES: Final = 2**20  # of a result for the audit record; a longer one is known by size and hash
 
 
 class Mode(Enum):
@@ -30,65 +30,62 @@ class Mode(Enum):
 
 
 class Answer:
-    """One response. `begin`, then `feed` for each piece, then `end`; what they return is for the client."""
+    """One response. `begin`, then `feed` for each piece, then `end`; what they return is for the client.
 
-    def __init__(self, permit: Permit, engines: Sequence[Engine]) -> None:
-        self._permit = permit
-        self._engines = engines
+    Attributes:
+        endpoint: where the client of a 2024-11-05 stream was told to post, once it was.
+    """
+
+    def __init__(self, reader: Reader, judge: Judge, *, stream_path: str | None = None) -> None:
+        """Prepare to judge what *reader* gets; *stream_path* is that of a 2024-11-05 stream."""
+        self._reader = reader
+        self._judge = judge
+        self._stream_path = stream_path
         self._held = bytearray()
         self._splitter = Splitter()
+        self._seen: list[Seen] = []
+        self._is_error = False
+        self._passed_bytes = 0  # of a message too large to be held
         self._hash: hashlib._Hash | None = None
-        self._is_result = False  # what comes as it comes is the answering message
         self.mode = Mode.AS_IT_COMES
-        self.result: bytes | None = None  # the message that answers the request, if it was small enough to keep
-        self.result_bytes = 0
-        self.error_code: int | None = None
-        self.tool_failed = False
-        self.hidden = 0
+        self.endpoint: str | None = None
 
-    @property
-    def result_sha256(self) -> str | None:
-        """Return the hash of the answering message in hexadecimal; None when there was none."""
-        return self._hash.hexdigest() if self._hash is not None and self.result_bytes else None
+    def begin(self, status: int, headers: Headers) -> Mode:
+        """Return how the response passes; raises Refusal(UPSTREAM) when its body could not be judged.
 
-    def begin(self, status: int, headers: Headers) -> bytes:
-        """Look at the response's *status* and *headers*; raises Refusal(UPSTREAM) when its body could not be judged.
-
-        Nothing goes to the client yet. No client reads a list from an error status, and what stands there is often no
-        JSON-RPC at all, so it passes.
+        No client reads a list from an error status, and what stands there is often no JSON-RPC at all, so it passes.
         """
-        if status >= 400:
-            return b""
         # As lax as the laxest client, which looks for these names anywhere in the value.
         kinds = b",".join(value.lower() for name, value in headers if name == b"content-type")
         is_json, is_stream = b"application/json" in kinds, b"text/event-stream" in kinds
-        if is_json and is_stream:
+        is_encoded = any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers)
+        if status >= 400:
+            self._is_error = True
+            is_stream, is_json = False, is_json and not is_encoded
+        elif is_json and is_stream:
             raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="two content types")
+        elif is_encoded and (is_json or is_stream):
+            raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="encoded though not asked")
         if is_json or is_stream:
-            if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers):
-                raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="encoded though not asked")
             self.mode = Mode.WHOLE if is_json else Mode.EVENTS
-        return b""
+        return self.mode
 
     def feed(self, piece: bytes) -> bytes:
         """Return what may go to the client now that *piece* has come; raises Refusal(UPSTREAM)."""
         if self.mode is Mode.EVENTS:
             return self._events(piece)
         if self.mode is Mode.AS_IT_COMES:
-            if self._is_result:
-                self._count(piece)
-            return piece
+            return self._counted(piece) if self._hash is not None else piece
         self._held += piece
         if len(self._held) <= MAX_HELD_BYTES:
             return b""
-        if isinstance(self._permit.question.message.target, Listing):
+        if isinstance(self._reader.permit.question.message.target, Listing):
             raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_HELD_BYTES}")
         self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
         held = bytes(self._held)
         self._held.clear()
-        self._is_result = True
-        self._count(held)
-        return held
+        self._hash = hashlib.sha256()
+        return self._counted(held)
 
     def end(self) -> bytes:
         """Return the rest, now that the response is complete; raises Refusal(UPSTREAM)."""
@@ -99,36 +96,57 @@ class Answer:
                 raise _unreadable(error) from error
         if self.mode is not Mode.WHOLE or not self._held:
             return b""
-        return self._review(bytes(self._held))
+        held = bytes(self._held)
+        try:
+            rest = self._review(held)
+        except Refusal:
+            if self._is_error:
+                return held
+            raise
+        if not rest:
+            raise Refusal(Reason.UPSTREAM, "the server did not answer", detail="nothing of its answer may pass")
+        return rest
+
+    def take(self) -> Sequence[Seen]:
+        """Return the messages that were seen since the last time."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    @property
+    def passed(self) -> tuple[int, str] | None:
+        """Return size and SHA-256 of a result that was too large to be held; None when there was none."""
+        return None if self._hash is None else (self._passed_bytes, self._hash.hexdigest())
 
     def _events(self, piece: bytes) -> bytes:
-        passed: list[bytes] = []
         try:
             events = self._splitter.feed(piece)
         except BadStream as error:
             raise _unreadable(error) from error
-        for event in events:
-            if event.data is None:
-                passed.append(event.raw)
-                continue
+        return b"".join([self._event(event) for event in events])
+
+    def _event(self, event: Event) -> bytes:
+        if event.data is not None:
             data = self._review(event.data)
-            passed.append(event.raw if data is event.data else event.replaced(data))
-        return b"".join(passed)
+            if data is event.data:
+                return event.raw
+            return event.replaced(data) if data else b""
+        if event.endpoint is not None and self._stream_path is not None:
+            self.endpoint = target_of(event.endpoint, self._stream_path)
+            told = self.endpoint.encode()
+            return event.raw if told == event.endpoint else event.replaced(told)
+        return event.raw
 
     def _review(self, data: bytes) -> bytes:
-        seen = review(data, self._permit, self._engines)
-        self.hidden += seen.hidden
-        if seen.answers and self._permit.question.message.shape is Shape.REQUEST:
-            self.result_bytes, self._hash = len(seen.data), hashlib.sha256(seen.data)
-            self.result = seen.data if len(seen.data) <= MAX_KEPT_BYTES else None
-            self.error_code, self.tool_failed = seen.error_code, seen.tool_failed
-        return seen.data
+        """Return *data* as the client may see it; the very object when nothing was changed."""
+        passed, seen = review(data, self._reader, self._judge)
+        self._seen += seen
+        return passed
 
-    def _count(self, piece: bytes) -> None:
-        if self._hash is None:
-            self._hash = hashlib.sha256()
-        self.result_bytes += len(piece)
+    def _counted(self, piece: bytes) -> bytes:
+        assert self._hash is not None  # noqa: S101 - for the type checker
+        self._passed_bytes += len(piece)
         self._hash.update(piece)
+        return piece
 
 
 def _unreadable(error: BadStream) -> Refusal:

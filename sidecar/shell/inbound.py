@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 import httptools
 
@@ -28,6 +28,8 @@ from sidecar.shell.serving import Serving
 from sidecar.shell.upstream import Call
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 MAX_HEAD_BYTES: Final = 64 * 1024  # tokens with many groups reach 10 KB; nginx and Node stop at 8 to 32 KiB
 MAX_HEADERS: Final = 128
@@ -453,8 +455,8 @@ class Turn:
         session_id = dict(headers).get(b"mcp-session-id")
         self._serving.remember(exchange, status, None if session_id is None else session_id.decode("latin-1"))
         self._status, self._reason, self._headers = status, reason, returned_headers(headers)
-        seen = self._answer = Answer(exchange.permit, self._serving.engines)
-        if self._look(lambda: seen.begin(status, headers)) is not None and seen.mode is Mode.EVENTS:
+        seen = self._answer = self._serving.answer(exchange)
+        if self._look(lambda: seen.begin(status, headers)) is Mode.EVENTS:
             self._send_head(None)
 
     def feed(self, piece: bytes) -> None:
@@ -478,17 +480,26 @@ class Turn:
         """Answer for a server that did not."""
         self._give_up(Refusal(Reason.UPSTREAM, "the server did not answer", detail=detail))
 
-    def _look(self, look: Callable[[], bytes]) -> bytes | None:
-        """Return what the client may see; None when the response was given up instead."""
+    def _look(self, look: Callable[[], Found]) -> Found | None:
+        """Return what was found in the response, and keep what it says; None when it was given up instead."""
         try:
-            return look()
+            found = look()
+            self._note()
         except Refusal as refusal:
             self._give_up(refusal)
         except Exception:
             # The last resort of the way back: a defect in judging must neither pass nor hang.
             log.exception("judging a response failed")
             self._give_up(Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log"))
+        else:
+            return found
         return None
+
+    def _note(self) -> None:
+        """Keep what the messages say that have come since the last time."""
+        assert self._answer is not None  # noqa: S101 - it was looked at
+        for seen in self._answer.take():
+            self._serving.note(seen, self._exchange)
 
     # endings
 
@@ -523,13 +534,11 @@ class Turn:
         exchange, seen = self._exchange, self._answer
         exchange.status = self._status
         exchange.total_s = self._serving.clock() - exchange.clock_s
-        if seen is not None:
-            exchange.result, exchange.result_bytes = seen.result, seen.result_bytes
-            exchange.result_sha256 = seen.result_sha256
-            exchange.error_code, exchange.tool_failed, exchange.hidden = seen.error_code, seen.tool_failed, seen.hidden
+        if seen is not None and seen.passed is not None:
+            exchange.result_bytes, exchange.result_sha256 = seen.passed
         self._serving.observe(exchange)
         # Both hold this turn or its exchange: circles would keep every message until the collector comes.
-        self._call = None
+        self._call = self._answer = None
         if exchange.refusal is not None:
             exchange.refusal.__traceback__ = None
 

@@ -7,16 +7,22 @@ waits for one look at the provider, and is then judged afresh.
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from sidecar.core import trace
+from sidecar.core.answer import Answer
 from sidecar.core.authorise import Engine
 from sidecar.core.connection import Connection
+from sidecar.core.filters import Reader
 from sidecar.core.identity import UnknownKey
+from sidecar.core.message import Message
+from sidecar.core.review import Seen
 from sidecar.core.workload import HEADER
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Memory, Observer, Snapshot, judge, release, remember
+from sidecar.return_path import judge_ask, note
 from sidecar.shell import tracing
 from sidecar.shell.upstream import Call, Sink, Upstream
 
@@ -80,18 +86,25 @@ class Serving:
     def begin(self, connection: Connection) -> Exchange:
         """Return the record of a request that has just come."""
         self.in_flight += 1
-        snapshot = self.snapshot
         context = trace.parse(connection.values.get(b"traceparent", b"").decode("latin-1"))
+        if context is None:
+            return self._exchange(connection, self.snapshot, tracing.new_trace_id(), None, sampled=True)
+        return self._exchange(connection, self.snapshot, context.trace_id, context.parent_id, sampled=context.sampled)
+
+    @staticmethod
+    def _exchange(
+        connection: Connection, snapshot: Snapshot | None, trace_id: str, parent_id: str | None, *, sampled: bool
+    ) -> Exchange:
         return Exchange(
             connection=connection,
             profile=None if snapshot is None else snapshot.profile,
             revision="" if snapshot is None else snapshot.revision,
             started_ns=time.time_ns(),
             clock_s=time.monotonic(),
-            trace_id=tracing.new_trace_id() if context is None else context.trace_id,
+            trace_id=trace_id,
             span_id=tracing.new_span_id(),
-            parent_id=None if context is None else context.parent_id,
-            sampled=context is None or context.sampled,
+            parent_id=parent_id,
+            sampled=sampled,
         )
 
     def admit(self, exchange: Exchange, requester: Requester) -> None:
@@ -140,10 +153,41 @@ class Serving:
         """Keep what the server's answer says of sessions."""
         remember(exchange, status, session_id, self.memory)
 
+    def answer(self, exchange: Exchange) -> Answer:
+        """Return what judges the way back of *exchange*, which was sent."""
+        assert exchange.permit is not None  # noqa: S101 - nothing is sent without
+        reader = Reader(permit=exchange.permit, engines=self.engines, tasks=self.memory.tasks)
+        return Answer(reader, partial(self._ask, exchange))
+
+    def note(self, seen: Seen, exchange: Exchange) -> None:
+        """Keep what *seen* says, a message on the way back of *exchange*; answer the server where it does not pass."""
+        note(seen, exchange, self.memory)
+        if seen.reply:
+            self._upstream.reply(exchange, seen.reply)
+
+    def _ask(self, carrier: Exchange, message: Message) -> Refusal | None:
+        """Return why the server may not ask *message* of the client that *carrier* comes from; recorded either way."""
+        snapshot = self.snapshot
+        assert snapshot is not None  # noqa: S101 - it was there when the carrier was judged
+        asked = self._exchange(carrier.connection, snapshot, carrier.trace_id, carrier.span_id, sampled=carrier.sampled)
+        asked.session_id, asked.agent, asked.principal = carrier.session_id, carrier.agent, carrier.principal
+        asked.protocol_version = carrier.protocol_version
+        try:
+            judge_ask(asked, message, carrier, snapshot, self.memory, clock_s=asked.clock_s)
+        except Refusal as refusal:
+            asked.refusal = refusal
+        asked.judged_s = asked.total_s = time.monotonic() - asked.clock_s
+        if message.target is not None:
+            self._tell(asked)
+        return asked.refusal
+
     def observe(self, exchange: Exchange) -> None:
         """Tell every observer; one exchange, once."""
         self.in_flight -= 1
         release(exchange, self.memory)
+        self._tell(exchange)
+
+    def _tell(self, exchange: Exchange) -> None:
         for observer in self._observers:
             try:
                 observer.observe(exchange)

@@ -6,6 +6,7 @@ call costs a fifth of the whole path (docs/explanation/decisions.md).
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol, cast
@@ -16,10 +17,14 @@ from sidecar.core.connection import Headers, forwarded_headers
 from sidecar.core.limits import Admission
 from sidecar.exchange import Exchange
 
+log = logging.getLogger(__name__)
+
 IDLE_S: Final = 3.0  # uvicorn closes idle connections after 5 s, Node's http server after 5 s: be first
 CONNECT_S: Final = 5.0  # to loopback; a listening server accepts in microseconds
 MAX_HEAD_BYTES: Final = 64 * 1024  # of a response's head; nginx stops at 32 KiB, Node at 16 KiB
 WRITE_HIGH_BYTES: Final = 256 * 1024
+MAX_REPLIES: Final = 64  # under way at a time, to requests of the server that may not pass
+REPLY_S: Final = 10.0  # a server takes them as fast as it reads
 
 
 class Sink(Protocol):
@@ -226,6 +231,28 @@ class Line(asyncio.Protocol):
             call.sink.failed(detail)
 
 
+class _Unheard:
+    """The sink of a reply: what the server says to it is nobody's answer."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self._done = done
+
+    def begin(self, status: int, reason: bytes, headers: Headers) -> None:
+        del reason, headers
+        if status >= 300:
+            log.warning("reply to the server refused", extra={"status": status})
+
+    def feed(self, piece: bytes) -> None:
+        pass
+
+    def complete(self) -> None:
+        self._done()
+
+    def failed(self, detail: str) -> None:
+        log.warning("reply to the server failed", extra={"detail": detail})
+        self._done()
+
+
 class Upstream:
     """The pooled way to one server."""
 
@@ -235,18 +262,43 @@ class Upstream:
         self._authority = (f"[{host}]" if ":" in host else host).encode()
         self._spawn = spawn
         self._idle: deque[Line] = deque()  # the one used last at the right
+        self._replies: dict[Call, asyncio.TimerHandle] = {}
         self._loop = asyncio.get_running_loop()
 
     def send(self, admission: Admission, exchange: Exchange, sink: Sink, *, traceparent: bytes) -> Call:
         """Send the message that was admitted, byte for byte; *sink* receives the response."""
         server = admission.permit.question.server
         call = Call(sink, _request(exchange, b"%b:%d" % (self._authority, server.port), traceparent))
+        self._carry(call, server.port)
+        return call
+
+    def reply(self, exchange: Exchange, body: bytes, *, target: str | None = None) -> None:
+        """Tell the server that a request of its own does not pass: *body* is an error of ours, in the exchange's session.
+
+        *target* is path and query to post to; None: those of the exchange.
+        """
+        if len(self._replies) >= MAX_REPLIES:
+            log.warning("reply to the server dropped: too many are under way")
+            return
+        assert exchange.permit is not None  # noqa: S101 - nothing comes back without
+        port = exchange.permit.question.server.port
+        request = _reply(exchange, b"%b:%d" % (self._authority, port), target or _target(exchange), body)
+        call = Call(_Unheard(lambda: self._replies.pop(call).cancel()), request)
+        self._replies[call] = self._loop.call_later(REPLY_S, self._drop_reply, call)
+        self._carry(call, port)
+
+    def _drop_reply(self, call: Call) -> None:
+        """Give up a reply that the server does not take."""
+        log.warning("reply to the server given up", extra={"seconds": REPLY_S})
+        del self._replies[call]
+        call.abort()
+
+    def _carry(self, call: Call, port: int) -> None:
         line = self._take()
         if line is not None:
             line.carry(call)
         else:
-            self._spawn(self._connect(call, server.port))
-        return call
+            self._spawn(self._connect(call, port))
 
     def _take(self) -> Line | None:
         """Return the line that was used last and is still fresh."""
@@ -284,18 +336,40 @@ class Upstream:
             self._idle.remove(line)
 
     def close(self) -> None:
-        """Close the idle lines."""
+        """Close the idle lines, and those of replies."""
+        for call, timer in self._replies.items():
+            timer.cancel()
+            call.abort()
+        self._replies.clear()
         while self._idle:
             self._idle.pop().abort()
 
 
+def _target(exchange: Exchange) -> str:
+    connection = exchange.connection
+    return f"{connection.path}?{connection.query}" if connection.query else connection.path
+
+
 def _request(exchange: Exchange, authority: bytes, traceparent: bytes) -> bytes:
     connection = exchange.connection
-    target = f"{connection.path}?{connection.query}" if connection.query else connection.path
-    lines = [f"{connection.method} {target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
-    lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers)]
+    lines = [f"{connection.method} {_target(exchange)} HTTP/1.1".encode("latin-1"), b"host: " + authority]
+    in_session = exchange.session_id is not None
+    lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers, in_session=in_session)]
     # identity: what cannot be read cannot be judged.
     lines += [b"accept-encoding: identity", b"traceparent: " + traceparent]
     if connection.body or connection.method == "POST":
         lines.append(b"content-length: %d" % len(connection.body))
     return b"\r\n".join([*lines, b"", connection.body])
+
+
+def _reply(exchange: Exchange, authority: bytes, target: str, body: bytes) -> bytes:
+    """Return a POST with nothing of the client's but its session and revision: it is not the client who speaks."""
+    lines = [f"POST {target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
+    lines += [b"content-type: application/json", b"accept: application/json, text/event-stream"]
+    if exchange.session_id is not None:
+        lines.append(b"mcp-session-id: " + exchange.session_id.encode("latin-1"))
+    version = exchange.connection.values.get(b"mcp-protocol-version")
+    if version is not None:
+        lines.append(b"mcp-protocol-version: " + version)
+    lines += [b"%b: %b" % pair for pair in exchange.credentials]
+    return b"\r\n".join([*lines, b"content-length: %d" % len(body), b"", body])

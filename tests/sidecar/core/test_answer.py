@@ -1,12 +1,18 @@
 """sidecar.core.answer: a response as its client may see it, piece by piece."""
 
 import hashlib
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sidecar.core import answer as module
 from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Headers
+from sidecar.core.filters import Reader
+from sidecar.core.message import Message
+from sidecar.core.ownership import tasks
 from sidecar.errors import Reason, Refusal
 from tests.builders import STREAM, a_call, a_permit, a_request
 from tests.fakes import allowing
@@ -18,10 +24,20 @@ TWO = b'{"jsonrpc":"2.0","id":7,"result":{"tools":[{"name":"a"},{"name":"b"}]}}'
 ONE = b'{"jsonrpc":"2.0","id":7,"result":{"tools":[{"name":"a"}]}}'
 
 
-def begun(headers: Headers = JSON, *, body: bytes = b"", status: int = 200) -> Answer:
+def an_answer(message: Message | bytes, *, stream_path: str | None = None, refused: str = "") -> Answer:
+    """The way back of *message*; the server may ask anything but *refused*."""
+    reader = Reader(permit=a_permit(message), engines=[allowing("a")], tasks=tasks())
+
+    def judge(asked: Message) -> Refusal | None:
+        return Refusal(Reason.DENIED, "no") if asked.method == refused else None
+
+    return Answer(reader, judge, stream_path=stream_path)
+
+
+def begun(headers: Headers = JSON, *, body: bytes = b"", status: int = 200, refused: str = "") -> Answer:
     """A response under way, to the request in *body*."""
-    answer = Answer(a_permit(body or a_call()), [allowing("a")])
-    assert answer.begin(status, headers) == b""
+    answer = an_answer(body or a_call(), refused=refused)
+    assert answer.begin(status, headers) is answer.mode
     return answer
 
 
@@ -73,11 +89,22 @@ def test_an_encoding_that_hides_nothing_passes(headers: Headers) -> None:
     begun(headers)
 
 
-def test_an_error_status_passes_as_it_comes() -> None:
+@pytest.mark.parametrize("headers", [[*JSON, (b"content-encoding", b"gzip")], EVENTS, [*JSON, *EVENTS], []])
+def test_an_error_status_passes_as_it_comes(headers: Headers) -> None:
     """What stands there is often no JSON-RPC, and clients read no list from it."""
-    answer = begun([*JSON, (b"content-encoding", b"gzip")], status=404)
+    answer = begun(headers, status=404)
+    passed = answer.feed(b'"gone"') + answer.end()
 
-    assert (answer.feed(b'"gone"'), answer.end()) == (b'"gone"', b"")
+    assert (passed, answer.take()) == (b'"gone"', [])
+
+
+def test_an_error_that_can_be_read_is_told() -> None:
+    """Servers of 2026-07-28 give JSON-RPC errors with 400 and 404."""
+    answer = begun(status=404)
+    error = b'{"jsonrpc":"2.0","id":7,"error":{"code":-32601,"message":"x"}}'
+    passed = answer.feed(error) + answer.end()
+
+    assert (passed, [each.error_code for each in answer.take()]) == (error, [-32601])
 
 
 def test_json_is_held_until_it_is_whole() -> None:
@@ -85,32 +112,15 @@ def test_json_is_held_until_it_is_whole() -> None:
     answer = begun(body=a_request("tools/list"))
 
     assert [answer.feed(TWO[:30]), answer.feed(TWO[30:]), answer.end()] == [b"", b"", ONE]
-    assert (1, ONE, len(ONE)) == (answer.hidden, answer.result, answer.result_bytes)
-    assert hashlib.sha256(ONE).hexdigest() == answer.result_sha256
+    assert [(each.hidden, each.data, each.answers) for each in answer.take()] == [(1, ONE, 7)]
+    assert answer.take() == []
 
 
 def test_an_empty_answer_is_none() -> None:
     """202 to a notification, for example."""
     answer = begun()
 
-    assert (answer.end(), answer.result, answer.result_sha256) == (b"", None, None)
-
-
-def test_an_answer_to_another_request_is_no_result() -> None:
-    """The record keeps what answered its own."""
-    answer = begun(body=a_call(request_id=8))
-    answer.feed(RESULT)
-
-    assert (answer.end(), answer.result, answer.result_bytes) == (RESULT, None, 0)
-
-
-def test_a_stream_without_a_request_has_no_result() -> None:
-    """A GET asks for nothing that could be answered."""
-    answer = Answer(a_permit(STREAM), [])
-    answer.begin(200, EVENTS)
-    answer.feed(b'data: {"id":null,"result":{}}\n\n')
-
-    assert (answer.result, answer.result_bytes) == (None, 0)
+    assert (answer.end(), answer.take(), answer.passed) == (b"", [], None)
 
 
 def test_events_pass_one_by_one() -> None:
@@ -119,7 +129,7 @@ def test_events_pass_one_by_one() -> None:
 
     assert answer.feed(b": ping\n\nid: 1\ndata:\n\ndata: " + TWO[:9]) == b": ping\n\nid: 1\ndata:\n\n"
     assert answer.feed(TWO[9:] + b"\n\n") == b"data: " + ONE + b"\n\n"
-    assert (answer.end(), answer.hidden, answer.result) == (b"", 1, ONE)
+    assert (answer.end(), [each.data for each in answer.take()]) == (b"", [ONE])
 
 
 def test_an_event_that_hides_nothing_keeps_its_bytes() -> None:
@@ -129,15 +139,83 @@ def test_an_event_that_hides_nothing_keeps_its_bytes() -> None:
     assert raw == begun(EVENTS).feed(raw)
 
 
-def test_how_a_call_ended_is_known() -> None:
-    """For metrics, spans and audit."""
-    failed, wrong = begun(), begun(EVENTS)
-    failed.feed(b'{"id":7,"result":{"isError":true}}')
-    failed.end()
-    wrong.feed(b'data: {"id":7,"error":{"code":-32602}}\n\n')
+def test_an_event_that_may_not_pass_is_left_out() -> None:
+    """The ones around it go on; the server's request is answered by whoever takes what was seen."""
+    answer = begun(EVENTS, refused="roots/list")
+    asked = b'id: 2\ndata: {"id":1,"method":"roots/list"}\n\n'
+    ping = b'id: 3\ndata: {"id":2,"method":"ping"}\n\n'
 
-    assert (failed.tool_failed, failed.error_code) == (True, None)
-    assert (wrong.tool_failed, wrong.error_code) == (False, -32602)
+    assert answer.feed(b": hello\n\n" + asked + ping) == b": hello\n\n" + ping
+    assert [bool(each.reply) for each in answer.take()] == [True, False]
+
+
+def test_a_batch_in_an_event_is_judged() -> None:
+    """2025-03-26 has them."""
+    answer = begun(EVENTS)
+
+    assert answer.feed(b"data: [" + TWO + b"," + RESULT + b"]\n\n") == b"data: [" + ONE + b"," + RESULT + b"]\n\n"
+    assert len(answer.take()) == 2
+
+
+def test_an_answer_of_which_nothing_may_pass_is_refused() -> None:
+    """An empty body would leave its caller guessing."""
+    answer = begun(refused="roots/list")
+    answer.feed(b'{"id":1,"method":"roots/list"}')
+
+    with pytest.raises(Refusal, match="did not answer"):
+        answer.end()
+
+
+@pytest.mark.parametrize(
+    ("stream_path", "told"),
+    [("/sse", b"/messages?s=1"), (None, b"http://127.0.0.1:8000/messages?s=1")],
+)
+def test_an_endpoint_stays_on_this_server(stream_path: str | None, told: bytes) -> None:
+    """Where streams announce one: in 2024-11-05 only."""
+    answer = an_answer(STREAM, stream_path=stream_path)
+    answer.begin(200, EVENTS)
+    passed = answer.feed(b"id: 1\nevent: endpoint\ndata: http://127.0.0.1:8000/messages?s=1\n\n")
+
+    assert passed == b"id: 1\nevent: endpoint\ndata: " + told + b"\n\n"
+    assert answer.endpoint == (None if stream_path is None else "/messages?s=1")
+
+
+def test_an_endpoint_that_needs_no_change_keeps_its_bytes() -> None:
+    """As everything does."""
+    answer = an_answer(STREAM, stream_path="/sse")
+    answer.begin(200, EVENTS)
+    raw = b"event:endpoint\r\ndata:/messages\r\n\r\n"
+
+    assert (answer.feed(raw), answer.endpoint) == (raw, "/messages")
+
+
+STREAMS = st.lists(
+    st.sampled_from(
+        [
+            b": ping\n\n",
+            b"id: 1\ndata:\n\n",
+            b"data: " + TWO + b"\n\n",
+            b"data:" + RESULT + b"\r\n\r\n",
+            b'event: message\ndata: {"id":1,"method":"roots/list"}\n\n',
+            b"event: endpoint\ndata: http://x/y\n\n",
+        ]
+    ),
+    max_size=5,
+).map(b"".join)
+
+
+@given(STREAMS, st.data())
+def test_a_stream_cut_at_any_byte_passes_the_same(stream: bytes, data: st.DataObject) -> None:
+    """Where TCP cuts is nobody's meaning."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
+    outcomes = []
+    for bounds in ([0, len(stream)], [0, *cuts, len(stream)]):
+        answer = an_answer(STREAM, stream_path="/sse", refused="roots/list")
+        answer.begin(200, EVENTS)
+        passed = b"".join(answer.feed(stream[start:end]) for start, end in pairwise(bounds)) + answer.end()
+        outcomes.append((passed, [(each.data, each.reply) for each in answer.take()], answer.endpoint))
+
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("piece", [b"data: x\n\n", b"data: 1\r\r\n\n", b"\xef\xbb\xbfdata: {}\n\n"])
@@ -182,16 +260,5 @@ def test_a_long_result_passes_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> No
     passed = [answer.feed(b"0123456"), answer.feed(b"789ab"), answer.feed(b"cd"), answer.end()]
 
     assert passed == [b"", b"0123456789ab", b"cd", b""]
-    assert (answer.result, answer.result_bytes) == (None, 14)
-    assert hashlib.sha256(b"0123456789abcd").hexdigest() == answer.result_sha256
-
-
-def test_a_result_beyond_the_cap_is_known_by_size_and_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An audit record does not keep megabytes."""
-    monkeypatch.setattr(module, "MAX_KEPT_BYTES", 10)
-    answer = begun()
-    answer.feed(RESULT)
-    answer.end()
-
-    assert (None, len(RESULT)) == (answer.result, answer.result_bytes)
-    assert hashlib.sha256(RESULT).hexdigest() == answer.result_sha256
+    assert answer.take() == []
+    assert answer.passed == (14, hashlib.sha256(b"0123456789abcd").hexdigest())

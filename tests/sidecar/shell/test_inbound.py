@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidecar.core.answer import Answer
+from sidecar.core.filters import Reader
 from sidecar.core.limits import Admission
+from sidecar.core.ownership import tasks
 from sidecar.core.profile import Identity, Limit, Provider
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
@@ -594,7 +597,6 @@ class ScriptedServing:
         self.draining = False
         self.max_body_bytes = 1024
         self.demands_svid = lambda _: False
-        self.engines = (allowing(),)
         self.begun: list[Exchange] = []
         self.observer = FakeObserver()
         self.waiting: list[tuple[Exchange, Any]] = []
@@ -623,8 +625,15 @@ class ScriptedServing:
         """Return no time."""
         return 0.0
 
+    def answer(self, exchange: Exchange) -> Answer:
+        """Judge the way back."""
+        assert exchange.permit is not None
+        return Answer(Reader(permit=exchange.permit, engines=(allowing(),), tasks=tasks()), lambda _: None)
+
     def remember(self, *_: object) -> None:
         """Forget."""
+
+    note = remember
 
     def observe(self, exchange: Exchange) -> None:
         """Tell the observer, which refuses a second time."""

@@ -1,0 +1,51 @@
+"""What the server's messages mean for the record and for memory, and whether it may ask something of a client.
+
+The counterpart of sidecar/pipeline.py: a response ends an exchange, may give its principal a task, and says which
+headers repeat a tool's arguments; a request to the client is judged like one to the server. Pure.
+"""
+
+from dataclasses import replace
+from hashlib import sha256
+from typing import Final
+
+from sidecar.core.authorise import authorise
+from sidecar.core.limits import admit
+from sidecar.core.message import Message, RequestId, Shape
+from sidecar.core.review import Seen
+from sidecar.exchange import Exchange
+from sidecar.pipeline import Memory, Snapshot, scope
+
+MAX_KEPT_BYTES: Final = 2**20  # of a result for the audit record; a longer one is known by size and hash
+
+
+def note(seen: Seen, exchange: Exchange, memory: Memory) -> None:
+    """Keep what *seen* says, a message that came on the way back of *exchange* or answers it."""
+    exchange.hidden += seen.hidden
+    if seen.tools:
+        memory.param_headers.learn(seen.tools)
+    if seen.task_id is not None and exchange.principal is not None:
+        memory.tasks.open(seen.task_id, exchange.principal)
+    if seen.answers is not None and is_answer(exchange, seen.answers):
+        exchange.result = seen.data if len(seen.data) <= MAX_KEPT_BYTES else None
+        exchange.result_bytes, exchange.result_sha256 = len(seen.data), sha256(seen.data).hexdigest()
+        exchange.error_code, exchange.tool_failed = seen.error_code, seen.tool_failed
+        exchange.refusal = seen.refusal
+
+
+def is_answer(exchange: Exchange, request_id: RequestId | float) -> bool:
+    """Say whether a response with *request_id* is the one to the exchange's request."""
+    message = exchange.message
+    return message is not None and message.shape is Shape.REQUEST and message.id == request_id
+
+
+def judge_ask(
+    exchange: Exchange, message: Message, carrier: Exchange, snapshot: Snapshot, memory: Memory, *, clock_s: float
+) -> None:
+    """Judge *message*, which the server asks on the way back of *carrier*; raises Refusal. *exchange* is filled in."""
+    assert carrier.permit is not None  # noqa: S101 - nothing comes back without
+    question = replace(carrier.permit.question, message=message, time_ns=exchange.started_ns)
+    exchange.message = message
+    permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)
+    exchange.admission = admit(permit, snapshot.profile.limits, memory.buckets, clock_s)
+    if message.id is not None:
+        memory.asked.add(scope(carrier), message.id)
