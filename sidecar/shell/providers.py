@@ -10,19 +10,16 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 import jwt
 import msgspec
 
-from certs.errors import CertsError
-from certs.tls import web_client_context
 from sidecar.core.identity import Keys, UnknownKey
 from sidecar.core.jwk import verifying_key
 from sidecar.core.profile import Provider
+from sidecar.shell.discovery import ProviderError, discover, fetch, protected
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +27,7 @@ REFRESH_S: Final = 300.0  # providers publish a new key long before they sign wi
 RETRY_S: Final = (1.0, 60.0)  # first and longest wait after a failure
 KEEP_S: Final = 24 * 3600.0  # a provider away for longer no longer vouches: a key may have been withdrawn meanwhile
 COOLDOWN_S: Final = 10.0  # between looks for an unknown key: anyone can send one
-FETCH_S: Final = 5.0
-MAX_DOCUMENT_BYTES: Final = 256 * 1024  # Entra ID's key set has 20 KB
 MAX_KEYS: Final = 64
-DISCOVERY: Final = "/.well-known/openid-configuration"
-
-
-class ProviderError(Exception):
-    """A provider's keys could not be had; the message says why."""
-
-
-class _Discovery(msgspec.Struct):
-    issuer: str
-    jwks_uri: str
 
 
 class _KeySet(msgspec.Struct):
@@ -159,55 +144,10 @@ class Providers:
     async def _fetch(self, provider: Provider) -> list[dict[str, Any]]:
         uri = provider.jwks_uri
         if uri is None:
-            discovery_url = provider.issuer.rstrip("/") + DISCOVERY
-            _require_protected(discovery_url)
-            discovered = await self._get(provider, discovery_url, _Discovery)
-            if discovered.issuer != provider.issuer:
-                raise ProviderError(f"discovery names the issuer {discovered.issuer!r}, not {provider.issuer!r}")
-            uri = str(discovered.jwks_uri)
-            _require_protected(uri)
-        found: _KeySet = await self._get(provider, uri, _KeySet)
+            discovered = await discover(self._session, provider)
+            uri = protected(discovered.jwks_uri, "jwks_uri")
+        found = await fetch(self._session, provider, uri, _KeySet)
         return found.keys[:MAX_KEYS]
-
-    async def _get(self, provider: Provider, url: str, kind: type[Any]) -> Any:
-        try:
-            anchors = None if provider.ca_pem is None else provider.ca_pem.encode()
-            context = web_client_context(anchors_pem=anchors)
-            async with (
-                asyncio.timeout(FETCH_S),
-                self._session.get(url, ssl=context, headers=_HEADERS, allow_redirects=False) as response,
-            ):
-                if response.status != 200:
-                    raise ProviderError(f"{url}: HTTP {response.status}")
-                document = await response.content.read(MAX_DOCUMENT_BYTES + 1)
-                while len(document) <= MAX_DOCUMENT_BYTES and not response.content.at_eof():
-                    document += await response.content.read(MAX_DOCUMENT_BYTES + 1 - len(document))
-        except (aiohttp.ClientError, OSError, TimeoutError, CertsError, ValueError) as error:
-            raise ProviderError(f"{url}: {str(error) or type(error).__name__}") from error
-        if len(document) > MAX_DOCUMENT_BYTES:
-            raise ProviderError(f"{url}: more than {MAX_DOCUMENT_BYTES} bytes")
-        try:
-            return msgspec.json.decode(document, type=kind)
-        except msgspec.DecodeError as error:
-            raise ProviderError(f"{url}: {error}") from error
-
-
-# An encoded answer could grow without bound when it is decoded, and the session decodes none.
-_HEADERS: Final = {"accept": "application/json", "accept-encoding": "identity"}
-
-
-def _require_protected(url: str) -> None:
-    """Raise ProviderError for a URL whose answer others could change on its way."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        if parts.scheme == "https" and host:
-            return
-        if parts.scheme == "http" and (host == "localhost" or ip_address(host).is_loopback):
-            return
-    except ValueError:  # no URL, or no address
-        pass
-    raise ProviderError(f"{url}: must be https, or http on a loopback address")
 
 
 def usable(described: Sequence[dict[str, Any]], provider: Provider) -> dict[str, jwt.PyJWK]:

@@ -23,7 +23,10 @@ from certs.tls import ServingServer, utc_now
 from sidecar.core.identity import UnknownKey
 from sidecar.core.profile import Provider
 from sidecar.shell import providers as module
-from sidecar.shell.providers import DISCOVERY, ProviderError, Providers, usable
+from sidecar.shell import web as requests
+from sidecar.shell.discovery import OAUTH, ProviderError
+from sidecar.shell.discovery import OPENID as DISCOVERY
+from sidecar.shell.providers import Providers, usable
 from tests.fakes import eventually
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -60,6 +63,7 @@ class FakeIssuer:
         self.discovery: Jwk | bytes | None = None  # None: the right one
         self.jwks: bytes | None = None  # None: `keys`
         self.status = 200
+        self.missing: set[str] = set()  # paths that are not there
         self.asked: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.hold: asyncio.Event | None = None
@@ -72,7 +76,9 @@ class FakeIssuer:
             await self.hold.wait()
         if self.status != 200:
             return web.Response(status=self.status, headers={"location": "/elsewhere"})
-        if request.path == DISCOVERY:
+        if request.path in self.missing:
+            return web.Response(status=404)
+        if request.path in (DISCOVERY, OAUTH):
             right = {"issuer": self.url, "jwks_uri": f"{self.url}/jwks", "token_endpoint": "unused"}
             return self._json(right if self.discovery is None else self.discovery)
         return self._json({"keys": self.keys} if self.jwks is None else self.jwks)
@@ -234,12 +240,21 @@ async def test_answer_other_than_200_is_refused(status: int) -> None:
     issuer.status = status
     async with _serving(issuer):
         assert f"HTTP {status}" in await _why_refused(issuer)
-    assert issuer.asked == [DISCOVERY]
+    assert issuer.asked == [DISCOVERY, OAUTH] if status == 404 else [DISCOVERY]
+
+
+async def test_provider_that_speaks_oauth_alone_is_discovered() -> None:
+    """RFC 8414 puts the document elsewhere; OpenID's place is tried first."""
+    issuer = FakeIssuer()
+    issuer.missing = {DISCOVERY}
+    async with _asking(issuer) as providers:
+        await eventually(lambda: _kids(providers) == {"r1"}, what="the key")
+    assert issuer.asked[:2] == [DISCOVERY, OAUTH]
 
 
 async def test_provider_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls wait for this: the deadline is short."""
-    monkeypatch.setattr(module, "FETCH_S", 0.05)
+    monkeypatch.setattr(requests, "REQUEST_S", 0.05)
     issuer = FakeIssuer()
     issuer.hold = asyncio.Event()
     async with _serving(issuer):
