@@ -66,14 +66,15 @@ class App:
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
             self._tracing = Tracing(session, endpoint=settings.otlp_endpoint)
             self._providers = Providers(session, self._keys_changed)
+            upstream = Upstream(settings.upstream_host, tasks.create_task)
             self._serving = Serving(
-                upstream=Upstream(settings.upstream_host, tasks.create_task),
+                upstream=upstream,
                 observers=(self._audit, self._metrics, self._tracing),
                 spawn=tasks.create_task,
                 find_key=self._providers.find,
                 why_not_ready=self._why_not_ready,
             )
-            hosts = frozenset(each.strip() for each in settings.hosts.split(",") if each.strip())
+            hosts = frozenset(each.strip().lower() for each in settings.hosts.split(",") if each.strip())
             self._snapshots = Snapshots(self._serving, hosts=hosts, work_dir=settings.bundle_dir or None)
             lifetimes = Lifetimes(
                 self._serving, max_age_s=settings.connection_max_age_s, grace_s=settings.connection_grace_s
@@ -108,6 +109,7 @@ class App:
             gc.freeze()  # a later full collection would stop every call for 15 ms
             await stop.wait()
             await self._drain(accepting)
+            upstream.close()
             await self._tracing.flush()
             for task in background:
                 task.cancel()
