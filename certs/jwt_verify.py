@@ -155,8 +155,8 @@ def _key_set(document: bytes) -> dict[str, _Key]:
     found: dict[str, _Key] = {}
     for each in described[:MAX_KEYS]:
         key_id = each.get("kid")
-        # A federation document holds the certificates' keys as well, under another use: they sign no tokens.
-        if isinstance(key_id, str) and key_id and each.get("use") == "jwt-svid" and "d" not in each:
+        # A federation document holds the certificates' keys as well, under another use; SPIRE's agent gives tokens' keys no use.
+        if isinstance(key_id, str) and key_id and each.get("use", "jwt-svid") == "jwt-svid" and "d" not in each:
             key = _key(each)
             if key is not None:
                 found.setdefault(key_id, key)

@@ -1,6 +1,7 @@
 """Real SPIRE on loopback: a server and an agent for each trust domain, and one registered workload: the user who runs the tests."""
 
 import asyncio
+import base64
 import json
 import os
 import shutil
@@ -11,6 +12,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from certs.authority import Authority
 from certs.spiffe import SpiffeId, TrustDomain
 from tests.certs.pki import A_TEST, API
 from tests.parts import part
@@ -159,6 +165,17 @@ class SpireAgent:
         """Sign with the CA that was announced."""
         shown = json.loads(await self._server("localauthority", "x509", "show", "-output", "json"))
         await self._server("localauthority", "x509", "activate", "-authorityID", shown["prepared"]["authority_id"])
+
+    async def authority(self) -> Authority:
+        """The CA itself, key and all: what a dishonest server could do."""
+        bundle = x509.load_pem_x509_certificates((await self._server("bundle", "show")).encode())
+        kept = json.loads((self._folder / "server" / "keys.json").read_text())["keys"]
+        for blob in kept.values():
+            key = serialization.load_der_private_key(base64.b64decode(blob), password=None)
+            for certificate in bundle:
+                if isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key():
+                    return Authority(certificate=certificate, key=key)
+        raise LookupError("no key of an authority in the bundle")
 
     async def stop(self, name: str = "agent") -> None:
         """Kill it, as the kernel would for want of memory."""

@@ -45,7 +45,7 @@ def a_document(*keys: dict[str, Any]) -> bytes:
 
 A_KEYS = a_document(
     a_jwk(EC, "ec"), a_jwk(EC384, "ec384"), a_jwk(RSA, "rsa"), a_jwk(WEAK, "weak"), a_jwk(ED, "ed"),
-    a_jwk(OTHER, "x509", use="x509-svid"), {**a_jwk(OTHER, "private"), "d": "AQ"},
+    {**a_jwk(RSA, "unused"), "use": "sig"}, a_jwk(OTHER, "x509", use="x509-svid"), {**a_jwk(OTHER, "private"), "d": "AQ"},
 )  # fmt: skip
 BUNDLES = JwtBundles.parse({"spiffe://a.test": A_KEYS, "spiffe://b.test": a_document(a_jwk(OTHER, "b"))})
 
@@ -115,6 +115,7 @@ def test_a_good_token_proves_its_identity(token: str) -> None:
         (a_token(kid="weak"), "unknown key"),
         (a_token(OTHER, kid="x509"), "unknown key"),
         (a_token(OTHER, kid="private"), "unknown key"),
+        (a_token(RSA, "RS256", "unused"), "unknown key"),
         (a_token(OTHER), "Signature verification failed"),
         (a_token()[:-4] + "AAAA", "Signature verification failed"),
         (a_token(head={"typ": "at+jwt"}), "typ"),
@@ -191,6 +192,14 @@ def test_an_unreadable_bundle_costs_its_own_domain_only(document: bytes) -> None
 
     assert bundles.domains == {A_TEST}
     assert bundles.rejected_domains == {"spiffe://b.test"}
+
+
+def test_keys_without_a_use_are_for_tokens() -> None:
+    """SPIRE's agent gives them so; it never sends certificates' keys here."""
+    plain = {name: value for name, value in a_jwk(EC, "ec").items() if name != "use"}
+    bundles = JwtBundles.parse({"spiffe://a.test": a_document(plain)})
+
+    assert verify_token(a_token(), bundles, AUDIENCE, now=NOW).spiffe_id == API
 
 
 def test_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
