@@ -103,9 +103,7 @@ def judge(
     exchange.removed = refuse_forgeries(connection)
     principal = exchange.principal = authenticate(connection, snapshot.trust, now_s)
     if snapshot.is_sse and connection.method == "POST":
-        memory.endpoints.require(
-            f"{connection.path}?{connection.query}" if connection.query else connection.path, principal
-        )
+        memory.endpoints.require(connection.target, principal)
     found = read(connection, snapshot)
     if isinstance(found, Message):
         exchange.message = found

@@ -32,7 +32,7 @@ def note(seen: Seen, exchange: Exchange, memory: Memory) -> None:
         exchange.refusal = seen.refusal
 
 
-def is_answer(exchange: Exchange, request_id: RequestId | float) -> bool:
+def is_answer(exchange: Exchange, request_id: RequestId) -> bool:
     """Say whether a response with *request_id* is the one to the exchange's request."""
     message = exchange.message
     return message is not None and message.shape is Shape.REQUEST and message.id == request_id

@@ -116,6 +116,11 @@ class Connection:
         """Look the headers through once: a request's are asked for ten times."""
         object.__setattr__(self, "values", dict(self.headers))
 
+    @property
+    def target(self) -> str:
+        """Return path and query."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
     def header(self, name: bytes) -> str | None:
         """Return the value of *name* (lower case); None when absent; raises Refusal(MALFORMED) when given twice.
 

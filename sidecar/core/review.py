@@ -30,7 +30,7 @@ class Seen:
 
     data: bytes  # empty: it does not pass
     hidden: int = 0  # list items that were taken out
-    answers: RequestId | float | None = None  # the request that it is the response to
+    answers: RequestId | None = None  # the request that it is the response to
     error_code: int | None = None  # of its JSON-RPC error
     tool_failed: bool = False  # result.isError
     task_id: str | None = None  # of the task that it created
@@ -128,10 +128,10 @@ def _response(data: bytes, envelope: _Envelope, reader: Reader, judge: Judge) ->
         refusal = None
         if code == URL_ELICITATION_REQUIRED:
             refusal = next(filter(None, map(judge, read_url_elicitations(envelope.error, reader.revision))), None)
-        return _refused(envelope, refusal) if refusal else Seen(data=data, answers=envelope.id, error_code=code)
+        return _refused(envelope, refusal) if refusal else Seen(data=data, answers=_answered(envelope), error_code=code)
     has_failed = result.is_error is True
     if not _concerns(result):
-        return Seen(data=data, answers=envelope.id, error_code=code, tool_failed=has_failed)
+        return Seen(data=data, answers=_answered(envelope), error_code=code, tool_failed=has_failed)
     if result.input_requests:
         refusal = _why_not(_asked(result.input_requests), reader, judge)
         if refusal is not None:
@@ -141,11 +141,17 @@ def _response(data: bytes, envelope: _Envelope, reader: Reader, judge: Judge) ->
         data=seen.data,
         hidden=seen.hidden,
         tools=seen.tools,
-        answers=envelope.id,
+        answers=_answered(envelope),
         error_code=code,
         tool_failed=has_failed,
         task_id=_task_id(result),
     )
+
+
+def _answered(envelope: _Envelope) -> RequestId | None:
+    """Return the id of the request that is answered; 1.0 is 1, as TypeScript reads it."""
+    request_id = envelope.id
+    return int(request_id) if isinstance(request_id, float) else request_id
 
 
 def _code(error: Any) -> int | None:
@@ -186,7 +192,7 @@ def _task_id(result: _Result) -> str | None:
 def _refused(envelope: _Envelope, refusal: Refusal) -> Seen:
     """Return an error in place of a response that asks what it may not: the server would only ask again for the rest."""
     code = CODES[refusal.reason][1]
-    return Seen(data=_error(envelope.id, refusal), answers=envelope.id, error_code=code, refusal=refusal)
+    return Seen(data=_error(envelope.id, refusal), answers=_answered(envelope), error_code=code, refusal=refusal)
 
 
 # requests and notifications

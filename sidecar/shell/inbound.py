@@ -21,10 +21,15 @@ from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Connection, Headers, returned_headers
 from sidecar.core.identity import svid_required
 from sidecar.core.lifetime import is_stream
-from sidecar.core.replies import Response, answer
+from sidecar.core.message import Shape
+from sidecar.core.origin import shared
+from sidecar.core.replies import Response, answer, answer_batch
+from sidecar.core.review import Seen
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
+from sidecar.return_path import is_answer
 from sidecar.shell.serving import Serving
+from sidecar.shell.streams import Stream
 from sidecar.shell.upstream import Call
 
 log = logging.getLogger(__name__)
@@ -38,6 +43,7 @@ REQUEST_TIMEOUT_S: Final = 30.0  # from the first byte of a request to its last 
 IDLE_TIMEOUT_S: Final = 300.0  # a handshake costs as much as 30 calls: keep connections; a stuck reader gets as long
 LINGER_S: Final = 5.0  # for a client that is still sending to see why it was refused
 WRITE_HIGH_BYTES: Final = 256 * 1024
+MAX_UNREAD_BYTES: Final = 2**20  # on a 2024-11-05 stream; refusals come there whether it is read or not
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -360,6 +366,16 @@ class Inbound(asyncio.Protocol):
         if self._turn is not None and any(is_stream(each.message) for each in self.streams if each.message is not None):
             self._turn.conclude(why)
 
+    @property
+    def is_busy(self) -> bool:
+        """Say whether a call is under way, not only a stream that nobody waits for the end of."""
+        return self._turn is not None and not self._turn.is_standing
+
+    def abort_if_unread(self) -> None:
+        """Close at once when the client does not read what comes without being asked for."""
+        if self._transport is not None and self._transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self.abort()
+
     def drain(self) -> None:
         """Close as soon as nothing is under way."""
         if self._turn is None:
@@ -378,7 +394,9 @@ class Turn:
         self._inbound = inbound
         self._serving = serving
         self._request = request
-        self._exchange = exchange
+        self._exchange = exchange  # of the HTTP request, and of its first message
+        self.exchanges: Sequence[Exchange] = (exchange,)  # of all its messages
+        self._stream: Stream | None = None  # 2024-11-05: what this one opened
         self._call: Call | None = None
         self._answer: Answer | None = None
         self._status = 0
@@ -412,13 +430,22 @@ class Turn:
             return
         if self._call is not None:
             self._call.abort()
-        self._exchange.aborted = why
+        for exchange in self.exchanges:
+            exchange.aborted = why
         self._record()
 
     @property
-    def exchanges(self) -> Sequence[Exchange]:
-        """Return what is under way."""
-        return (self._exchange,)
+    def is_standing(self) -> bool:
+        """Say whether only a stream is under way that nobody waits for the end of."""
+        message = self._exchange.message
+        is_awaited = self._stream is not None and self._stream.is_awaited
+        return self._sent_head and message is not None and is_stream(message) and not is_awaited
+
+    def say(self, data: bytes) -> None:
+        """Send *data*, whole events of our own, on the stream under way."""
+        if self._sent_head and not self.is_over:
+            self._inbound.write(self._framed(data))
+            self._inbound.abort_if_unread()
 
     def conclude(self, why: str) -> None:
         """End a stream as a server does that has nothing more to say; before its head, it is left to its answer."""
@@ -426,7 +453,8 @@ class Turn:
             return
         if self._call is not None:
             self._call.abort()
-        self._exchange.aborted = why
+        for exchange in self.exchanges:
+            exchange.aborted = why
         self._is_last = True
         self._end(b"")
 
@@ -436,22 +464,43 @@ class Turn:
         """Know the call that carries the admitted message."""
         self._call = call
 
-    def refuse(self, refusal: Refusal) -> None:
-        """Answer with *refusal*."""
-        self._exchange.refusal = refusal
-        response: Response = answer(refusal, self._exchange.message)
-        self._status, self._reason, self._headers = response.status, b"", response.headers
+    def divide(self, exchanges: Sequence[Exchange]) -> None:
+        """Know that the body holds several messages, each with its exchange."""
+        self.exchanges = exchanges
+
+    def refuse(self, refusal: Refusal | None) -> None:
+        """Answer with *refusal*; None: each exchange has its own."""
+        for exchange in self.exchanges:
+            exchange.refusal = refusal or exchange.refusal
+        profile = self._exchange.profile
+        denied = "error" if profile is None else profile.denied
+        if len(self.exchanges) > 1:
+            refused = [(each.refusal, each.message) for each in self.exchanges if each.refusal is not None]
+            response = answer_batch(refused, denied)
+        else:
+            assert self._exchange.refusal is not None  # noqa: S101 - one message, one refusal
+            response = answer(self._exchange.refusal, self._exchange.message, denied)
+            response = self._serving.deliver(self._exchange, response)
         nobody = self._request.connection.peer is None and response.status in (401, 403)  # must not hold a place
         self._is_last = self._is_last or nobody or response.status in (400, 413)
+        self._status, self._reason, self._headers = response.status, b"", response.headers
         self._end(b"" if self._request.connection.method == "HEAD" else response.body)
+
+    def respond(self, response: Response) -> None:
+        """Answer with *response*, and leave no record: what was asked is no message."""
+        self._status, self._headers = response.status, response.headers
+        self.is_over = True
+        self._serving.forget(self._exchange)
+        self._send_head(response.body)
+        self._inbound.turn_over(is_last=self._closes)
 
     # Sink
 
     def begin(self, status: int, reason: bytes, headers: Headers) -> None:
         """Take the head of the server's response; a stream's goes on at once."""
-        exchange = self._exchange
-        assert exchange.permit is not None  # noqa: S101 - nothing is sent without
-        exchange.upstream_s = self._serving.clock() - exchange.clock_s
+        exchange, answered_s = self._exchange, self._serving.clock()
+        for each in self.exchanges:
+            each.upstream_s = answered_s - each.clock_s
         session_id = dict(headers).get(b"mcp-session-id")
         self._serving.remember(exchange, status, None if session_id is None else session_id.decode("latin-1"))
         self._status, self._reason, self._headers = status, reason, returned_headers(headers)
@@ -497,9 +546,19 @@ class Turn:
 
     def _note(self) -> None:
         """Keep what the messages say that have come since the last time."""
-        assert self._answer is not None  # noqa: S101 - it was looked at
-        for seen in self._answer.take():
-            self._serving.note(seen, self._exchange)
+        seen_so_far = self._answer
+        assert seen_so_far is not None  # noqa: S101 - it was looked at
+        if seen_so_far.endpoint is not None and self._stream is None:
+            self._stream = self._serving.open_stream(seen_so_far.endpoint, self._exchange, self.say)
+        for seen in seen_so_far.take():
+            if self._stream is None or not self._serving.answered(seen, self._stream):
+                self._serving.note(seen, self._whose(seen), self._stream)
+
+    def _whose(self, seen: Seen) -> Exchange:
+        """Return the exchange that *seen* answers; the first one where it answers none."""
+        if len(self.exchanges) == 1 or seen.answers is None:
+            return self._exchange
+        return next((each for each in self.exchanges if is_answer(each, seen.answers)), self._exchange)
 
     # endings
 
@@ -510,12 +569,15 @@ class Turn:
         if not self._sent_head:
             self.refuse(refusal)
             return
-        self._exchange.refusal = refusal
-        self._exchange.aborted = refusal.detail or refusal.public
-        message = self._exchange.message
-        is_stream = self._answer is not None and self._answer.mode is Mode.EVENTS
-        if is_stream and message is not None and message.id is not None:
-            self._end(b"data: " + answer(refusal, message).body + b"\n\n")
+        left = [each for each in self.exchanges if each.result_sha256 is None] or self.exchanges
+        errors = bytearray()
+        for exchange in left:
+            exchange.refusal = refusal
+            exchange.aborted = refusal.detail or refusal.public
+            if exchange.message is not None and exchange.message.shape is Shape.REQUEST:
+                errors += b"data: " + answer(refusal, exchange.message).body + b"\n\n"
+        if errors and self._answer is not None and self._answer.mode is Mode.EVENTS:
+            self._end(bytes(errors))
         else:
             self._record()
             self._inbound.abort()
@@ -531,16 +593,20 @@ class Turn:
 
     def _record(self) -> None:
         self.is_over = True
-        exchange, seen = self._exchange, self._answer
-        exchange.status = self._status
-        exchange.total_s = self._serving.clock() - exchange.clock_s
-        if seen is not None and seen.passed is not None:
-            exchange.result_bytes, exchange.result_sha256 = seen.passed
-        self._serving.observe(exchange)
-        # Both hold this turn or its exchange: circles would keep every message until the collector comes.
-        self._call = self._answer = None
-        if exchange.refusal is not None:
-            exchange.refusal.__traceback__ = None
+        over_s = self._serving.clock()
+        passed = None if self._answer is None else self._answer.passed
+        if passed is not None:
+            self._exchange.result_bytes, self._exchange.result_sha256 = passed
+        if self._stream is not None:
+            self._serving.close_stream(self._stream)
+        for exchange in self.exchanges:
+            exchange.status = self._status
+            exchange.total_s = over_s - exchange.clock_s
+            self._serving.observe(exchange)
+            if exchange.refusal is not None:
+                exchange.refusal.__traceback__ = None
+        # They hold this turn or its exchange: circles would keep every message until the collector comes.
+        self._call = self._answer = self._stream = None
 
     # the wire
 
@@ -552,7 +618,10 @@ class Turn:
         """Send the head, with *body* where that is all of it; None: the body follows, in chunks or up to the close."""
         self._sent_head = True
         lines = [b"HTTP/1.1 %d %b" % (self._status, self._reason or _phrase(self._status))]
-        lines += [b"%b: %b" % pair for pair in self._headers]
+        origin, profile = self._request.connection.values.get(b"origin"), self._exchange.profile
+        origins = () if profile is None else profile.server.origins
+        page = None if origin is None else origin.decode("latin-1")
+        lines += [b"%b: %b" % pair for pair in shared(self._headers, page, origins)]
         if body is None:
             self._is_chunked = self._request.takes_chunks
             if self._is_chunked:

@@ -16,15 +16,18 @@ from sidecar.core.authorise import Engine
 from sidecar.core.connection import Connection
 from sidecar.core.filters import Reader
 from sidecar.core.identity import UnknownKey
-from sidecar.core.message import Message
+from sidecar.core.message import Message, Shape
+from sidecar.core.replies import Response
 from sidecar.core.review import Seen
 from sidecar.core.workload import HEADER
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Memory, Observer, Snapshot, judge, release, remember
+from sidecar.pipeline import Batch, Memory, Observer, Snapshot, judge, preflight, release, remember
 from sidecar.return_path import judge_ask, note
 from sidecar.shell import tracing
-from sidecar.shell.upstream import Call, Sink, Upstream
+from sidecar.shell.streams import Stream
+from sidecar.shell.upstream import Call, Sink
+from sidecar.shell.ways import Way
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +44,16 @@ class Requester(Sink, Protocol):
         """Know the call that carries the message."""
         ...
 
-    def refuse(self, refusal: Refusal) -> None:
-        """Answer with *refusal*."""
+    def divide(self, exchanges: Sequence[Exchange]) -> None:
+        """Know that the body holds several messages, each with its exchange."""
+        ...
+
+    def refuse(self, refusal: Refusal | None) -> None:
+        """Answer with *refusal*; None: each exchange has its own."""
+        ...
+
+    def respond(self, response: Response) -> None:
+        """Answer with *response*, which nobody had to be asked for."""
         ...
 
 
@@ -52,7 +63,7 @@ class Serving:
     def __init__(
         self,
         *,
-        upstream: Upstream,
+        upstream: Way,
         observers: Sequence[Observer],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         find_key: Callable[[UnknownKey], Coroutine[Any, Any, None]],
@@ -63,6 +74,7 @@ class Serving:
         self.connections: set[Any] = set()
         self.draining = False
         self.in_flight = 0
+        self._streams: dict[str, Stream] = {}  # of 2024-11-05, by the endpoint they announced
         self._upstream = upstream
         self._observers = tuple(observers)
         self._spawn = spawn
@@ -135,8 +147,24 @@ class Serving:
             raise Refusal(
                 Reason.NOT_READY, "not ready to judge calls", detail=why or "no bundle", retry_after_s=NOT_READY_RETRY_S
             )
-        admission = judge(exchange, snapshot, self.memory, now_s=time.time(), clock_s=time.monotonic())
+        if exchange.connection.method == "OPTIONS":
+            requester.respond(preflight(exchange.connection, snapshot))
+            return
+        found = judge(exchange, snapshot, self.memory, now_s=time.time(), clock_s=time.monotonic(), begin=self.begin)
         exchange.judged_s = time.monotonic() - exchange.clock_s
+        if isinstance(found, Batch):
+            for each in found.exchanges:
+                each.judged_s = exchange.judged_s
+            requester.divide(found.exchanges)
+            admission = found.admission
+            if admission is None:
+                requester.refuse(None)
+                return
+        else:
+            admission = found
+        stream = self._stream_of(exchange)
+        if stream is not None:
+            stream.expect(exchange)
         traceparent = tracing.traceparent(exchange)
         requester.forward(self._upstream.send(admission, exchange, requester, traceparent=traceparent))
 
@@ -157,13 +185,64 @@ class Serving:
         """Return what judges the way back of *exchange*, which was sent."""
         assert exchange.permit is not None  # noqa: S101 - nothing is sent without
         reader = Reader(permit=exchange.permit, engines=self.engines, tasks=self.memory.tasks)
-        return Answer(reader, partial(self._ask, exchange))
+        question = exchange.permit.question
+        is_announcing = question.server.transport == "sse" and question.message.shape is Shape.OPEN_STREAM
+        stream_path = exchange.connection.path if is_announcing else None
+        return Answer(reader, partial(self._ask, exchange), stream_path=stream_path)
 
-    def note(self, seen: Seen, exchange: Exchange) -> None:
+    def note(self, seen: Seen, exchange: Exchange, stream: Stream | None = None) -> None:
         """Keep what *seen* says, a message on the way back of *exchange*; answer the server where it does not pass."""
         note(seen, exchange, self.memory)
         if seen.reply:
-            self._upstream.reply(exchange, seen.reply)
+            self._upstream.reply(exchange, seen.reply, target=None if stream is None else stream.endpoint)
+
+    # 2024-11-05: posted here, answered there
+
+    def open_stream(self, endpoint: str, exchange: Exchange, say: Callable[[bytes], None]) -> Stream:
+        """Return the stream whose client is told to post to *endpoint*; raises Refusal(UPSTREAM) if that is another's."""
+        assert exchange.principal is not None  # noqa: S101 - the stream was admitted
+        self.memory.endpoints.open(endpoint, exchange.principal)
+        if not self.memory.endpoints.owns(endpoint, exchange.principal):
+            raise Refusal(Reason.UPSTREAM, "the server's stream cannot be used", detail="its endpoint is another's")
+        stream = self._streams[endpoint] = Stream(endpoint, exchange.principal, say)
+        return stream
+
+    def close_stream(self, stream: Stream) -> None:
+        """Know that *stream* is over, and with it what waited for an answer on it."""
+        if self._streams.get(stream.endpoint) is stream:
+            del self._streams[stream.endpoint]
+            self.memory.endpoints.close(stream.endpoint)
+        for exchange in stream.end():
+            exchange.aborted = "the stream ended"
+            self._conclude(exchange)
+
+    def answered(self, seen: Seen, stream: Stream) -> bool:
+        """Keep what *seen* says where it answers what was posted; say whether it does."""
+        if seen.answers is None:
+            return False
+        exchange, is_over = stream.answered(seen.answers)
+        if exchange is None:
+            return False
+        exchange.upstream_s = exchange.total_s = time.monotonic() - exchange.clock_s
+        self.note(seen, exchange, stream)
+        if is_over:
+            self._conclude(exchange)
+        return True
+
+    def deliver(self, exchange: Exchange, response: Response) -> Response:
+        """Return what a POST gets: *response*, or an acknowledgement where that went by the stream."""
+        stream = self._stream_of(exchange)
+        if stream is None or exchange.request_id is None or response.status not in (200, 400):
+            return response
+        stream.say(response.body)
+        return Response(status=202, headers=(), body=b"")
+
+    def _stream_of(self, exchange: Exchange) -> Stream | None:
+        """Return the stream on which the exchange's message is answered, if it is its sender's."""
+        if not self._streams or exchange.connection.method != "POST" or exchange.principal is None:
+            return None
+        stream = self._streams.get(exchange.connection.target)
+        return stream if stream is not None and stream.owner == exchange.principal.key else None
 
     def _ask(self, carrier: Exchange, message: Message) -> Refusal | None:
         """Return why the server may not ask *message* of the client that *carrier* comes from; recorded either way."""
@@ -182,7 +261,17 @@ class Serving:
         return asked.refusal
 
     def observe(self, exchange: Exchange) -> None:
-        """Tell every observer; one exchange, once."""
+        """Tell every observer that *exchange* is over; once, and not before its answer has come by the stream."""
+        stream = self._stream_of(exchange)
+        if stream is None or stream.settle(exchange):
+            self._conclude(exchange)
+
+    def forget(self, exchange: Exchange) -> None:
+        """Drop the record of what was no message."""
+        del exchange
+        self.in_flight -= 1
+
+    def _conclude(self, exchange: Exchange) -> None:
         self.in_flight -= 1
         release(exchange, self.memory)
         self._tell(exchange)

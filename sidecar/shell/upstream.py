@@ -282,7 +282,7 @@ class Upstream:
             return
         assert exchange.permit is not None  # noqa: S101 - nothing comes back without
         port = exchange.permit.question.server.port
-        request = _reply(exchange, b"%b:%d" % (self._authority, port), target or _target(exchange), body)
+        request = _reply(exchange, b"%b:%d" % (self._authority, port), target or exchange.connection.target, body)
         call = Call(_Unheard(lambda: self._replies.pop(call).cancel()), request)
         self._replies[call] = self._loop.call_later(REPLY_S, self._drop_reply, call)
         self._carry(call, port)
@@ -345,14 +345,9 @@ class Upstream:
             self._idle.pop().abort()
 
 
-def _target(exchange: Exchange) -> str:
-    connection = exchange.connection
-    return f"{connection.path}?{connection.query}" if connection.query else connection.path
-
-
 def _request(exchange: Exchange, authority: bytes, traceparent: bytes) -> bytes:
     connection = exchange.connection
-    lines = [f"{connection.method} {_target(exchange)} HTTP/1.1".encode("latin-1"), b"host: " + authority]
+    lines = [f"{connection.method} {connection.target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
     in_session = exchange.session_id is not None
     lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers, in_session=in_session)]
     # identity: what cannot be read cannot be judged.

@@ -98,7 +98,7 @@ async def test_a_governed_client_works_and_survives_refusals(mode: str, *, json_
     assert [each.refusal.reason if each.refusal else None for each in calls] == [None, Reason.DENIED, None]
     lists = [each for each in exchanges if each.message and each.message.target is Listing.TOOLS]
     assert {each.hidden for each in lists} == {1}
-    assert {each.agent.client_name for each in calls} == ({"mcp"} if mode == "legacy" else {None})
+    assert {each.agent.client_name for each in calls} == {"mcp"}
 
 
 @ERAS

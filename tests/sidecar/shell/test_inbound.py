@@ -14,6 +14,7 @@ from sidecar.core.filters import Reader
 from sidecar.core.limits import Admission
 from sidecar.core.ownership import tasks
 from sidecar.core.profile import Identity, Limit, Provider
+from sidecar.core.replies import Response
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.shell import inbound
@@ -634,6 +635,10 @@ class ScriptedServing:
         """Forget."""
 
     note = remember
+
+    def deliver(self, _: Exchange, response: Response) -> Response:
+        """There is no stream to deliver it on."""
+        return response
 
     def observe(self, exchange: Exchange) -> None:
         """Tell the observer, which refuses a second time."""
