@@ -17,6 +17,10 @@ Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=512)]
 Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=2048)]
 Scope = Annotated[str, msgspec.Meta(pattern=r"^[!#-\[\]-~]+\Z", max_length=512)]  # RFC 6749, 3.3: one token of a scope
+Host = Annotated[
+    str, msgspec.Meta(pattern=r"^[a-z0-9._:\[\]-]+\Z", max_length=261)
+]  # a name or address, with or without port
+Origin = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9+.-]*://[^/ ]+\Z", max_length=512)]  # as browsers write it
 Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
 
 
@@ -35,8 +39,8 @@ class Server(Record, frozen=True, kw_only=True):
     transport: Literal["http", "sse", "stdio"] = "http"  # Streamable HTTP; HTTP+SSE of 2024-11-05; stdio behind a relay
     processes: Literal["session", "shared"] = "session"  # stdio: a process for each session, or one for all
     paths: tuple[Path, ...] = ("/mcp",)  # sse: those of the event stream; the server announces where to post
-    hosts: tuple[str, ...] = ()  # authorities under which callers know this server, judged in Host; empty: any
-    origins: tuple[str, ...] = ()  # browsers' origins that may call, such as https://app.example; empty: none
+    hosts: tuple[Host, ...] = ()  # authorities under which callers know this server, judged in Host; empty: any
+    origins: tuple[Origin, ...] = ()  # browsers' origins that may call, such as https://app.example; empty: none
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=64 * 2**20)] = 4 * 2**20  # the SDKs' own limit
 
 

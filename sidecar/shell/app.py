@@ -11,12 +11,15 @@ import resource
 import signal
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
 
 import aiohttp
 import uvloop
 from aiohttp import web
 
 from certs.errors import PeerReason
+from certs.statement import sign
 from sidecar.config import Settings
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
@@ -61,7 +64,7 @@ class App:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        self._audit = Audit(settings.audit_sink)
+        self._audit = Audit(settings.audit_sink, sign=self._sign)
         self._metrics = Metrics()
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
             self._tracing = Tracing(session, endpoint=settings.otlp_endpoint)
@@ -178,6 +181,11 @@ class App:
         refusal = Refusal(Reason.NOT_FOUND, "not the MCP port", detail=f"port {port}")
         self._record_at_the_door(refusal, client=client)
 
+    def _sign(self, claims: Mapping[str, Any]) -> str | None:
+        """Return the JWS by which our SVID stands for *claims*; None while there is no SVID."""
+        current = None if self._identity is None else self._identity.source.current
+        return None if current is None else sign(claims, current.svid, now=datetime.now(UTC))
+
     def _record_at_the_door(self, refusal: Refusal, *, client: str) -> None:
         connection = Connection(peer=None, client=client, method="", path="", query="", headers=(), body=b"")
         exchange = self._serving.begin(connection)
@@ -217,7 +225,11 @@ class App:
         for connection in tuple(self._serving.connections):
             connection.drain()
         deadline_s = began_s + self._settings.drain_s
-        while self._serving.connections and time.monotonic() < deadline_s:  # noqa: ASYNC110 - only at the end
+        while self._serving.connections and time.monotonic() < deadline_s:
+            if not any(connection.is_busy for connection in self._serving.connections):
+                # Until then a stream may carry what a call needs: its progress, a question to the client.
+                for connection in tuple(self._serving.connections):
+                    connection.end_streams("drained")
             await asyncio.sleep(0.05)
         cut = len(self._serving.connections)
         for connection in tuple(self._serving.connections):

@@ -64,7 +64,7 @@ class Snapshots:
             revision=self._bundle.revision,
             engines=self._engines,
             trust=trust(profile.identity, self._keys, self._tokens),
-            hosts=self._hosts,
+            hosts=self._hosts.union(profile.server.hosts),  # each says under which names we are known
         )
 
 

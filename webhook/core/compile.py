@@ -57,6 +57,7 @@ CEDAR_CONTEXT: Final = {
     "request": ("request",),
     "delegation": ("delegation",),
     "method": ("method",),
+    "elicitation": ("elicitation",),
 }
 VOLATILE: Final = ("/request/time", "/request/trace_id")  # never twice the same: nothing to remember
 

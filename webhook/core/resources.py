@@ -64,6 +64,8 @@ class ServerSpec(Record, frozen=True, kw_only=True):
     version: str = ""
     port: profile.Port | None = None
     paths: Annotated[tuple[profile.Path, ...], msgspec.Meta(min_length=1)] = ("/mcp",)
+    hosts: tuple[profile.Host, ...] = ()
+    origins: tuple[profile.Origin, ...] = ()
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024, le=64 * 2**20)] = 4 * 2**20  # the SDKs' own limit
 
 
@@ -104,6 +106,7 @@ class ServerProfileSpec(Record, frozen=True, kw_only=True):
 
     selector: Selector
     capture: Literal["redirect", "remap"] | None = None
+    denied: Literal["error", "tool_error", "conceal"] = "error"
     server: ServerSpec = ServerSpec()
     identity: IdentitySpec = IdentitySpec()
     audit: AuditSpec = AuditSpec()

@@ -189,6 +189,15 @@ def test_pod_may_narrow_the_paths() -> None:
     assert combined(a_profile(server={"paths": ["/a"]})).profile.server.paths == ("/a",)
 
 
+def test_names_pages_and_the_shape_of_denials_are_the_profiles() -> None:
+    """They are about this server alone; without a profile there are none, and a denial is said."""
+    got = combined(a_profile(denied="conceal", server={"hosts": ["mcp.test"], "origins": ["https://app.test"]})).profile
+    bare = combined().profile
+
+    assert (got.server.hosts, got.server.origins, got.denied) == (("mcp.test",), ("https://app.test",), "conceal")
+    assert (bare.server.hosts, bare.server.origins, bare.denied) == ((), (), "error")
+
+
 def test_kinds_have_their_own_specs() -> None:
     """The list of kinds is complete."""
     assert len({kind.spec for kind in resources.KINDS}) == 4
