@@ -15,8 +15,9 @@ import wasmtime
 from wasmtime import _ffi as ffi
 from wasmtime._func import enter_wasm
 
+from sidecar.core import builtins
 from sidecar.core.authorise import Question, Verdict
-from sidecar.core.builtins import IMPURE, PURE, Undefined
+from sidecar.core.builtins import values
 from sidecar.core.bundle import ALLOW, REASONS
 from sidecar.core.projection import WHOLE, Projection
 from sidecar.errors import BundleError
@@ -31,6 +32,7 @@ ABI: Final = (1, 2)  # opa_eval came with 1.2
 EVAL_ARITY: Final = 7
 MAX_ARITY: Final = 4  # of a built-in function, as the ABI has it
 CALL_FUEL: Final = 200_000  # what a built-in function in Python costs, about 0.1 ms
+CALL_FUEL_PER_BYTE: Final = 100  # and for each byte of its arguments, about 50 ns
 _I32: Final = wasmtime.ValType.i32()
 
 
@@ -172,6 +174,13 @@ class _Instance:
 
     def evaluate(self, entrypoint: str, document: bytes, time_ns: int) -> Any:
         """Return OPA's result set for *entrypoint*, `[]` when undefined; raises Trap, after which all is undefined."""
+        try:
+            return orjson.loads(self.evaluate_raw(entrypoint, document, time_ns))
+        except ValueError as error:
+            raise Trap(_cause(error)) from error
+
+    def evaluate_raw(self, entrypoint: str, document: bytes, time_ns: int) -> bytes:
+        """Return the same as JSON; an empty *document* is no input."""
         store, memory, heap = self._store, self._memory, self._heap
         self._time_ns, end = time_ns, heap + len(document)
         try:
@@ -181,7 +190,7 @@ class _Instance:
             ctypes.memmove(self._address() + heap, document, len(document))
             store.set_fuel(self._fuel + FUEL_PER_BYTE * len(document))
             result = self._evaluate(0, self.entrypoints[entrypoint], self._data, heap, len(document), end, 0)
-            return orjson.loads(self._text(result))
+            return self._text(result)
         except (wasmtime.WasmtimeError, wasmtime.Trap, ValueError) as error:
             raise Trap(_cause(error)) from error
 
@@ -206,10 +215,10 @@ class _Instance:
     def _call(self, name: str, *arguments: int, caller: wasmtime.Caller | None = None) -> int:
         return int(self._function(name)(caller or self._store, *arguments))
 
-    def _parse(self, text: bytes, caller: wasmtime.Caller | None = None) -> int:
+    def _parse(self, text: bytes, caller: wasmtime.Caller | None = None, by: str = "opa_json_parse") -> int:
         at = self._call("opa_malloc", len(text), caller=caller)
         ctypes.memmove(self._address() + at, text, len(text))
-        value = self._call("opa_json_parse", at, len(text), caller=caller)
+        value = self._call(by, at, len(text), caller=caller)
         if value == 0:
             raise ValueError("data.json is not JSON")
         return value
@@ -239,25 +248,32 @@ class _Instance:
     def _abort(self, message: int) -> None:
         raise Trap(self._text(message).decode(errors="replace"))
 
-    def _run(self, caller: wasmtime.Caller, index: int, _context: int, *values: int) -> int:
+    def _run(self, caller: wasmtime.Caller, index: int, _context: int, *arguments: int) -> int:
         """Answer the module's call of a built-in function: the address of the value, 0 for undefined."""
+        texts = [self._text(self._call("opa_value_dump", each, caller=caller)) for each in arguments]
         # Python works while no instruction is counted, so a call is charged what it costs in time.
-        self._store.set_fuel(max(0, self._store.get_fuel() - CALL_FUEL))
-        arguments = [orjson.loads(self._text(self._call("opa_json_dump", value, caller=caller))) for value in values]
+        cost = CALL_FUEL + CALL_FUEL_PER_BYTE * sum(map(len, texts))
+        self._store.set_fuel(max(0, self._store.get_fuel() - cost))
         function = self._builtins[index]
         try:
-            answer = self._time_ns if function is None else function(*arguments)
-        except Undefined:
+            answer = self._time_ns if function is None else function(*map(values.read, texts))
+            written = values.write(answer).encode()
+        except builtins.Undefined:
             return 0
-        return self._parse(_encode(answer), caller)
+        except builtins.Unknown as error:
+            raise Trap(f"a built-in function cannot answer: {error}") from error
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # A defect of a function must deny; and nesting has its limit in Python.
+            raise Trap(f"a built-in function failed: {type(error).__name__}") from error
+        return self._parse(written, caller, by="opa_value_parse")
 
 
 def _known(table: Mapping[str, int]) -> dict[int, Callable[..., Any] | None]:
     """Return the functions by the module's numbers, None for the time; raises ValueError naming what is missing."""
-    missing = sorted(table.keys() - PURE.keys() - IMPURE)
+    missing = sorted(table.keys() - builtins.PURE - builtins.IMPURE)
     if missing:
         raise ValueError(f"built-in functions that are not here: {', '.join(missing)}")
-    return {index: PURE.get(name) for name, index in table.items()}
+    return {index: builtins.find(name) if name in builtins.PURE else None for name, index in table.items()}
 
 
 def _cause(error: Exception) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import wasmtime
 
-from sidecar.core import rego
+from sidecar.core import builtins, rego
 from sidecar.core.claims import User
 from sidecar.core.projection import Projection
 from sidecar.core.rego import RegoEngine
@@ -174,10 +174,28 @@ def test_a_builtin_in_python_answers() -> None:
 
 def test_an_undefined_builtin_makes_the_rule_undefined() -> None:
     """As in OPA: a function without value does not hold, and is no error."""
-    engine = RegoEngine(policy_wasm(DEFAULT + 'allow if sprintf("%d", [input.tool.name]) != ""\n'))
+    engine = RegoEngine(policy_wasm(DEFAULT + 'allow if units.parse(input.tool.name) != ""\n'))
 
     verdict = engine.decide(a_question("x"))
     assert (verdict.allowed, verdict.errors) == (False, ())
+
+
+def test_a_builtin_that_does_not_know_denies_the_decision() -> None:
+    """Undefined would turn `not` into a permit: what we cannot answer as OPA does ends the whole decision."""
+    engine = RegoEngine(policy_wasm(DEFAULT + "allow if not startswith(sprintf(input.tool.args.t, [1]), \"x\")\n"))
+
+    verdict = engine.decide(a_question("x", {"t": "%*d"}))
+    assert not verdict.allowed
+    assert verdict.errors == ("rego: a built-in function cannot answer: sprintf with '%*'",)
+    assert engine.decide(a_question("x", {"t": "%d"})).allowed
+
+
+def test_a_defect_of_a_builtin_denies_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a function of ours fails with, nothing is allowed for it."""
+    monkeypatch.setattr(builtins, "find", lambda _: lambda *_: {}["x"])
+
+    verdict = RegoEngine(policy_wasm(DEFAULT + "allow if not semver.is_valid(input.tool.name)\n")).decide(a_question())
+    assert verdict.errors == ("rego: a built-in function failed: KeyError",)
 
 
 def test_a_builtin_in_python_spends_fuel() -> None:
@@ -191,9 +209,9 @@ def test_a_builtin_in_python_spends_fuel() -> None:
 
 def test_a_builtin_that_is_not_here_is_refused_when_loading() -> None:
     """A gap is found before the first call, and named."""
-    wasm = policy_wasm(DEFAULT + 'allow if semver.is_valid("1.0.0")\n')
+    wasm = policy_wasm(DEFAULT + 'allow if yaml.is_valid(input.tool.name)\n')
 
-    with pytest.raises(BundleError, match=r"built-in functions that are not here: semver\.is_valid"):
+    with pytest.raises(BundleError, match=r"built-in functions that are not here: yaml\.is_valid"):
         RegoEngine(wasm)
 
 
