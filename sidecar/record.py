@@ -5,6 +5,7 @@ bounded, or a record would be as large as the caller likes. Tokens are never in 
 a record outlives the session by years. FIELDS is the schema; docs/reference/audit-record.md shows it. Pure.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -14,13 +15,14 @@ from typing import Any, Final
 import orjson
 
 from sidecar.core.claims import User
-from sidecar.core.message import Message, Prompt, Resource, Tool
+from sidecar.core.message import Ask, Message, Prompt, Resource, Subscription, Task, Tool
 from sidecar.core.profile import Audit
 from sidecar.core.redaction import Content, redact
 from sidecar.exchange import Exchange
 
 SCHEMA: Final = "sidegate.audit/v1"
 MAX_TEXT_CHARS: Final = 1024  # of a name, URI, path or detail; longer ones end in an ellipsis
+MAX_SUBSCRIBED: Final = 32  # URIs; a record stays within a line that log collectors take
 SESSION_HASH_CHARS: Final = 16  # of the SHA-256 of a session id: tells sessions apart, opens none
 
 TOOL_ERROR: Final = "tool_error"  # the tool ran, and says that it failed
@@ -61,11 +63,14 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("http.removed", "array", "Names of headers that claimed to say who the user is; the server did not see them."),
     ("message", "object?", "The MCP message; null when it could not be read, or was refused before it was read."),
     ("message.shape", "string", "`request`, `notification`, `response`, `open_stream` or `close_session`."),
-    ("message.method", "string", "JSON-RPC method."),
+    ("message.method", "string", "JSON-RPC method; `sampling/…`, `elicitation/…` and `roots/…` are the server's own."),
     ("message.id", "string or integer?", "JSON-RPC id."),
     ("message.tool", "string?", "Name of the tool."),
     ("message.prompt", "string?", "Name of the prompt."),
     ("message.resource", "string?", "URI of the resource."),
+    ("message.task", "string?", "The task, hashed as `session` is."),
+    ("message.subscribed", "array", f"URIs of a subscription's resources, the first {MAX_SUBSCRIBED}."),
+    ("message.url", "string?", "What an elicitation asks the user to open, without query and fragment."),
     ("arguments", "object?", "Arguments of the tool or prompt; null when the message has none."),
     ("arguments.content", "object or string?", "After redaction; its text's beginning when cut; null with `hash`."),
     ("arguments.truncated", "boolean", "Whether `content` was cut to the profile's `audit.max_bytes`."),
@@ -224,6 +229,9 @@ def _user(user: User) -> dict[str, Any]:
     }
 
 
+_QUERY: Final = re.compile("[?#]")
+
+
 def _message(message: Message) -> dict[str, Any]:
     target = message.target
     return {
@@ -233,6 +241,12 @@ def _message(message: Message) -> dict[str, Any]:
         "tool": cut(target.name) if isinstance(target, Tool) else None,
         "prompt": cut(target.name) if isinstance(target, Prompt) else None,
         "resource": cut(target.uri) if isinstance(target, Resource) else None,
+        "task": fingerprint(target.id) if isinstance(target, Task) else None,
+        "subscribed": [cut(uri) for uri in target.resources[:MAX_SUBSCRIBED]]
+        if isinstance(target, Subscription)
+        else [],
+        # The query may hold what is meant for the user's eyes only.
+        "url": cut(_QUERY.split(target.url, maxsplit=1)[0]) if isinstance(target, Ask) and target.url else None,
     }
 
 

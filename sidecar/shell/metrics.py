@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from certs.errors import PeerReason
-from sidecar.core.message import Message, Shape, Tool
+from sidecar.core.message import Ask, Message, Shape, Tool
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
 from sidecar.record import ABORTED, TOOL_ERROR, error_type
@@ -71,8 +71,9 @@ class Metrics:
             return
         self._decisions.observe(exchange.judged_s)
         self._hidden += exchange.hidden
-        # A stream's duration says how long a client stayed, not how long the server took.
-        if exchange.admission is not None and exchange.message.shape in (Shape.REQUEST, Shape.NOTIFICATION):
+        # A stream's duration says how long a client stayed, and an ask's nothing, not how long the server took.
+        is_operation = exchange.message.shape in (Shape.REQUEST, Shape.NOTIFICATION)
+        if exchange.admission is not None and is_operation and not isinstance(exchange.message.target, Ask):
             self._operation(exchange, exchange.message)
 
     def handshake_refused(self, reason: PeerReason) -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from certs.spiffe import SpiffeId
 from sidecar.core.authorise import Agent
-from sidecar.core.message import Message, Prompt, Resource, Shape, Tool, parse
+from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscription, Target, Task, Tool, parse
 from sidecar.core.profile import Audit
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.record import FIELDS, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, timestamp
+from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, record, timestamp
 from tests.sidecar.exchanges import (
     AGENT,
     STARTED_NS,
@@ -285,3 +285,24 @@ def test_readable_message_round_trips_its_id() -> None:
 def test_start_is_the_moment_of_the_record() -> None:
     """The record's time is the exchange's start, not the moment of writing."""
     assert timestamp(STARTED_NS) == _written(an_exchange())["time"]
+
+
+@pytest.mark.parametrize(
+    ("target", "member", "value"),
+    [
+        (Task(id="t-1"), "task", fingerprint("t-1")),
+        (Subscription(resources=("x:", "y:"), tasks=("t-1",)), "subscribed", ["x:", "y:"]),
+        (Subscription(resources=("x:",) * 1000, tasks=()), "subscribed", ["x:"] * MAX_SUBSCRIBED),
+        (
+            Ask(method="elicitation/create", mode="url", url="https://x.test/a?code=secret#b"),
+            "url",
+            "https://x.test/a",
+        ),
+        (Ask(method="sampling/createMessage"), "url", None),
+    ],
+)
+def test_what_a_message_is_about_is_named(target: Target, member: str, value: Any) -> None:
+    """Bounded, and without what opens anything."""
+    message = Message(shape=Shape.REQUEST, method="x", id=1, target=target, params={})
+
+    assert record(an_exchange(message))["message"][member] == value
