@@ -76,7 +76,8 @@ e2e: $(READY)
 
 conformance: $(READY)
 	echo "conformance: parts"
-	$(BIN)/python -m tests.parts node mcp-conformance mcp-typescript >/dev/null
+	$(BIN)/python -m tests.parts node mcp-conformance mcp-typescript mcp-server-everything kubernetes-mcp-server \
+	  mcp-servers-npm mcp-servers-python mcp-servers-python-1 mcp-server-excel mcp-servers-go >/dev/null
 	$(BIN)/python -m tests.conformance
 
 bench: $(READY)

@@ -386,6 +386,31 @@ PARTS: Mapping[str, Part] = {
             )
         )
     ),
+    # Public servers of tests/public_servers; two of them cannot live with the second generation of the SDK.
+    "mcp-servers-npm": Part(
+        recipe=NpmPackages(
+            packages=(
+                "@modelcontextprotocol/server-budget-allocator@2.0.3",
+                "@modelcontextprotocol/server-filesystem@2026.8.31",
+                "@modelcontextprotocol/server-memory@2026.8.31",
+                "@modelcontextprotocol/server-sequential-thinking@2026.8.31",
+            )
+        )
+    ),
+    "mcp-servers-python": Part(
+        recipe=PipPackages(
+            requirements=("mcp==2.3.0", "mcp-server-git==2026.10.19", "mcp-server-time==2026.10.19"),
+            python=_THIS_PYTHON,
+        )
+    ),
+    "mcp-servers-python-1": Part(
+        recipe=PipPackages(
+            requirements=("mcp==1.30.0", "mcp-server-calculator==0.2.1", "mcp-server-sqlite==2025.4.25"),
+            python=_THIS_PYTHON,
+        )
+    ),
+    "mcp-server-excel": Part(recipe=PipPackages(requirements=("excel-mcp-server==2.2.2",), python=_THIS_PYTHON)),
+    "mcp-servers-go": Part(recipe=GoModule(module="mcp-servers")),
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.conformance`: every set of the official suite, direct and through the sidecar.
+"""`python -m tests.conformance`: every set of the official suite, and public servers, direct and through the sidecar.
 
 Prints one line a set and writes build/conformance.json. Fails when a check is worse through the sidecar, and when a
 reference server is itself worse than it has to be: then 0 worse would mean nothing.
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Final
 from bench.errors import BenchError
 from tests.conformance import parties, suite
 from tests.parts import PartError
+from tests.public_servers import probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 RESULT: Final = Path("build/conformance.json")
+WIDTH: Final = 300  # of an answer that is shown because it differs
 CLIENT: Final = Path(__file__).with_name("client.py")
 SERVERS: Final[dict[str, Callable[[Path], AbstractContextManager[int]]]] = {
     "typescript": parties.typescript,
@@ -90,25 +92,24 @@ CLIENT_SETS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One set, run both ways."""
+    """One set, run both ways: what succeeded direct, what through the sidecar, and what got worse."""
 
     name: str
-    direct: suite.Verdicts
-    through: suite.Verdicts
-    least: int
-
-    @property
-    def worse(self) -> list[str]:
-        """Return what got worse, or why the comparison is worth nothing."""
-        succeeded = suite.successes(self.direct)
-        if succeeded < self.least:
-            return [f"direct: {succeeded} checks succeeded, {self.least} have to"]
-        return suite.worse(self.direct, self.through)
+    direct: int
+    through: int
+    worse: list[str]
 
     def line(self) -> str:
         """Return what is printed."""
-        direct, through = suite.successes(self.direct), suite.successes(self.through)
-        return f"{self.name:24} direct {direct:4}  through {through:4}  worse {len(self.worse)}"
+        return f"{self.name:32} direct {self.direct:4}  through {self.through:4}  worse {len(self.worse)}"
+
+
+def compared(name: str, direct: suite.Verdicts, through: suite.Verdicts, least: int) -> Compared:
+    """Return the comparison of two runs of the suite; one that fails to begin with is worth nothing."""
+    succeeded = suite.successes(direct)
+    too_few = [f"direct: {succeeded} checks succeeded, {least} have to"] if succeeded < least else []
+    worse = suite.worse(direct, through)
+    return Compared(name=name, direct=succeeded, through=suite.successes(through), worse=too_few + worse)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,13 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="conformance-") as scratch:
             home = options.keep or Path(scratch)
             home.mkdir(parents=True, exist_ok=True)
-            for compared in _every_set(home, options.only):
-                print(compared.line(), *compared.worse, sep="\n    ", flush=True)
-                results[compared.name] = {
-                    "direct": suite.successes(compared.direct),
-                    "through": suite.successes(compared.through),
-                    "worse": compared.worse,
-                }
+            for each in _every_set(home, options.only):
+                print(each.line(), *each.worse, sep="\n    ", flush=True)
+                results[each.name] = {"direct": each.direct, "through": each.through, "worse": each.worse}
     except (suite.SuiteError, BenchError, PartError) as error:
         print(f"conformance: error: {error}", file=sys.stderr)
         return 1
@@ -144,20 +141,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _every_set(home: Path, only: Sequence[str]) -> Iterator[Compared]:
     """Run the sets whose name contains each word of *only*."""
-    for server, start in SERVERS.items():
-        wanted = [each for each in SERVER_SETS if _is_wanted(f"{server} {each.name}", only)]
+    for name, start in SERVERS.items():
+        wanted = [each for each in SERVER_SETS if _is_wanted(f"{name} {each.name}", only)]
         if not wanted:
             continue
         with contextlib.ExitStack() as stack:
-            at = home / server
+            at = home / name
             at.mkdir(exist_ok=True)
             port = stack.enter_context(start(at))
             front = stack.enter_context(parties.sidecar(at, f"http://127.0.0.1:{port}/mcp"))
             for each in wanted:
-                yield _server_set(each, server, at, port, front)
+                yield _server_set(each, name, at, port, front)
     for each in CLIENT_SETS:
         if _is_wanted(each.name, only):
             yield _client_set(each, home)
+    for server in probe.table():
+        if _is_wanted(server.name, only):
+            yield _public_server(server, home)
 
 
 def _is_wanted(name: str, only: Sequence[str]) -> bool:
@@ -169,9 +169,7 @@ def _server_set(each: ServerSet, server: str, at: Path, port: int, front: int) -
         url = f"http://localhost:{to}/mcp"  # dns-rebinding-protection takes no other name
         return suite.run("server", "--url", url, *each.options, output=at / f"{each.name}-{way}")
 
-    return Compared(
-        name=f"{server} {each.name}", direct=run("direct", port), through=run("through", front), least=each.least
-    )
+    return compared(f"{server} {each.name}", run("direct", port), run("through", front), each.least)
 
 
 def _client_set(each: ClientSet, home: Path) -> Compared:
@@ -184,7 +182,23 @@ def _client_set(each: ClientSet, home: Path) -> Compared:
             verdicts.update(suite.run("client", *asked, output=output))
         return verdicts
 
-    return Compared(name=each.name, direct=run("direct"), through=run("through", "--through"), least=each.least)
+    return compared(each.name, run("direct"), run("through", "--through"), each.least)
+
+
+def _public_server(server: probe.Server, home: Path) -> Compared:
+    """Ask a public server both ways; only the same answer is as good."""
+    logs = home / "public" / "".join(letter if letter.isalnum() else "-" for letter in server.name)
+    logs.mkdir(parents=True)
+    try:
+        direct, through = (ask(server, logs / "home", logs) for ask in (probe.direct, probe.through))
+    except (BenchError, PartError) as error:
+        return Compared(name=server.name, direct=0, through=0, worse=[str(error)])
+    worse = [
+        f"{asked}: {text[:WIDTH]} -> {through.get(asked, through.get(probe.BROKEN, 'absent'))[:WIDTH]}"
+        for asked, text in direct.items()
+        if through.get(asked) != text or asked == probe.BROKEN
+    ]
+    return Compared(name=server.name, direct=len(direct), through=len(direct) - len(worse), worse=worse)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def python(home: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def sidecar(home: Path, *upstream: str) -> Iterator[int]:
+def sidecar(home: Path, *upstream: str, transport: str = "http") -> Iterator[int]:
     """Run a sidecar in front of an HTTP server, one URL, or of a command's stdio; gives its port."""
     policies = home / "policies"
     policies.mkdir(exist_ok=True)
@@ -58,6 +58,6 @@ def sidecar(home: Path, *upstream: str) -> Iterator[int]:
     listen = ("--listen", f"127.0.0.1:{port}", "--user", "optional", "--log-level", "warning")
     kept = ("--policy", policies, "--audit", home / "audit.jsonl")
     command = (sys.executable, "-m", "webhook.cli", "run", *listen, *kept)
-    behind = ("--upstream", *upstream) if upstream[0].startswith("http://") else ("--", *upstream)
+    behind = ("--", *upstream) if transport == "stdio" else ("--upstream", *upstream)
     with running([*command, *behind], log=home / f"sidecar-{port}.log", is_ready=lambda: is_listening(port)):
         yield port
