@@ -28,6 +28,7 @@ from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.tls import MutualClient
 from certs.workload import X509Source
 from sidecar.errors import ConfigError
+from sidecar.record import SCHEMA
 from webhook.cli.issuer import EmbeddedIssuer
 
 TABLE: Final = "CREATE TABLE customers AS SELECT 1 AS id, 'Ada' AS name UNION ALL SELECT 2, 'Grace'"
@@ -174,7 +175,8 @@ class _Calls:
         self._expect(status == 401, f"a call without token got HTTP {status}, expected 401")
 
     async def _check_records(self) -> None:
-        records = [json.loads(line) for line in self._audit.read_text().splitlines()]
+        lines = [json.loads(line) for line in self._audit.read_text().splitlines()]
+        records = [each for each in lines if each["schema"] == SCHEMA]
         calls = [record for record in records if (record["message"] or {}).get("method") == "tools/call"]
         denied = [record for record in calls if record["decision"]["outcome"] == "refused"]
         _say("audited", f"{len(records)} records, {len(calls)} of them tool calls, {len(denied)} refused; one of them:")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.core.chain import verify
 from sidecar.shell.audit import STDOUT, Audit
 from tests.sidecar.exchanges import a_call, a_refused_exchange, an_exchange
 
@@ -137,3 +138,49 @@ def test_sink_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
     """A path that is wrong is the operator's to correct, at once."""
     with pytest.raises(FileNotFoundError):
         Audit(str(tmp_path / "missing" / "audit.jsonl"))
+
+
+def test_a_life_is_a_chain_that_begins_behind_the_last(tmp_path: Path) -> None:
+    """So that a whole life cannot be taken out of a file."""
+    sink = tmp_path / "audit.jsonl"
+    for _ in range(2):
+        audit = Audit(str(sink), sign=lambda _: "signature")
+        audit.observe(an_exchange())
+        audit.close()
+
+    report = verify(sink.read_bytes().splitlines(), None)
+    assert report.is_sound
+    assert [state.closed for state in report.chains.values()] == [True, True]
+    assert not verify(_lines(sink)[2:], None).is_sound
+
+
+def test_checkpoints_are_signed_after_so_many_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none without a key, nor where nothing was written since."""
+    monkeypatch.setattr("sidecar.shell.audit.CHECKPOINT_LINES", 2)
+    sink = tmp_path / "audit.jsonl"
+    key: list[str] = []
+    audit = Audit(str(sink), sign=lambda _: key[0] if key else None)
+    for _ in range(4):
+        audit.observe(an_exchange())
+    key.append("signature")
+    for _ in range(4):
+        audit.observe(an_exchange())
+    audit.close()
+
+    events = [json.loads(line).get("event") for line in _lines(sink)]
+    assert events == [None, None, None, None, None, None, "checkpoint", None, None, "checkpoint", "closed"]
+
+
+def test_lost_records_are_said_in_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap would look like tampering, and silence like completeness."""
+    monkeypatch.setattr("sidecar.shell.audit.MAX_WAITING", 2)
+    audit = Audit("/dev/full", sign=lambda _: "signature")
+    for _ in range(4):
+        audit.observe(an_exchange())
+    _redirect(audit, tmp_path / "audit.jsonl")
+    assert not audit.failed
+    audit.close()
+
+    report = verify(_lines(tmp_path / "audit.jsonl"), None)
+    assert report.is_sound
+    assert [state.lost for state in report.chains.values()] == [2]
