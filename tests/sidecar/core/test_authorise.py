@@ -1,11 +1,13 @@
 """sidecar.core.authorise: nothing but a clean allow of every engine makes a permit."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.authorise import Permit, Verdict, authorise, judge, visible
-from sidecar.core.message import Message, Prompt, Resource, Tool, parse
+from sidecar.core.authorise import Permit, Question, Verdict, authorise, judge, visible
+from sidecar.core.message import Ask, Message, Prompt, Resource, Tool, parse
 from sidecar.errors import Reason, Refusal
 from tests.builders import STREAM, a_call, a_permit, a_principal, a_question, a_request
 from tests.fakes import FakeEngine, allowing
@@ -176,3 +178,76 @@ def test_who_is_not_known_is_null() -> None:
     document = a_question(principal=a_principal(None, workload=None)).document()
 
     assert (document["user"], document["workload"], document["agent"]["id"]) == (None, None, None)
+
+
+# tasks, subscriptions, and what the server asks
+
+
+class Reads:
+    """Allows reading some resources, and nothing else."""
+
+    name = "reads"
+
+    def __init__(self, *uris: str) -> None:
+        self.uris = uris
+
+    def decide(self, question: Question) -> Verdict:
+        """Return the verdict."""
+        target = question.message.target
+        is_read = question.message.method == "resources/read" and isinstance(target, Resource)
+        return Verdict(allowed=is_read and target.uri in self.uris, policies=("may-read",))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", ["tasks/get", "tasks/result", "tasks/cancel", "tasks/update", "tasks/list"])
+def test_the_right_to_a_task_is_to_own_it(method: str) -> None:
+    """No engine knows whose it is; the pipeline does."""
+    question = a_question(a_request(method, {"taskId": "t"}))
+
+    assert authorise(question, [FakeEngine(verdict=Verdict(allowed=False))], "r1").policies == ()
+
+
+def test_a_subscription_takes_the_right_to_read_each_resource() -> None:
+    """As if each were read; who may not read one is told so, and nothing is sent."""
+    question = a_question(
+        a_request("subscriptions/listen", {"notifications": {"resourceSubscriptions": ["a:1", "a:2"]}})
+    )
+
+    assert authorise(question, [Reads("a:1", "a:2")], "r1").policies == ("may-read",)
+    with pytest.raises(Refusal, match=r"subscriptions/listen on resource 'a:2'") as caught:
+        authorise(question, [Reads("a:1")], "r1")
+
+    assert caught.value.reason is Reason.DENIED
+
+
+def test_a_subscription_without_resources_needs_no_rule() -> None:
+    """That a list has changed says nothing of what is on it."""
+    question = a_question(a_request("subscriptions/listen", {"notifications": {"toolsListChanged": True}}))
+
+    assert authorise(question, [Reads()], "r1").policies == ()
+
+
+@pytest.mark.parametrize("method", ["sampling/createMessage", "elicitation/create", "roots/list"])
+def test_what_the_server_asks_needs_a_rule(method: str) -> None:
+    """Nothing is allowed by default, and none of the rules for calls is about it."""
+    asked = a_question(a_call())
+    asked = replace(asked, message=asked.message.about(Ask(method=method)))
+
+    assert authorise(asked, [FakeEngine(verdict=Verdict(allowed=True, policies=("p",)))], "r1").policies == ("p",)
+    with pytest.raises(Refusal, match="on the client"):
+        authorise(asked, [Reads()], "r1")
+
+
+def test_an_elicitation_is_in_the_document() -> None:
+    """How and where the human is asked; other requests of the server's have none."""
+    asked = a_question(a_call())
+    by_url = replace(
+        asked, message=asked.message.about(Ask(method="elicitation/create", mode="url", url="https://a.test"))
+    )
+    document = by_url.document()
+
+    assert (document["method"], document["elicitation"]) == (
+        "elicitation/create",
+        {"mode": "url", "url": "https://a.test"},
+    )
+    assert (document["tool"], document["prompt"], document["resource"]) == (None, None, None)
+    assert replace(asked, message=asked.message.about(Ask(method="roots/list"))).document()["elicitation"] is None

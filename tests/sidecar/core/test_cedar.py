@@ -1,6 +1,7 @@
 """sidecar/core/cedar.py: how a question becomes Cedar's request, and that no error ever permits."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import cedarpy
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.core.authorise import Question
 from sidecar.core.cedar import CedarEngine, translate
 from sidecar.core.claims import User
-from sidecar.core.message import Prompt, Resource
+from sidecar.core.message import Ask, Prompt, Resource
 from sidecar.core.projection import Projection
 from sidecar.errors import BundleError
 from tests.sidecar.questions import WORKLOAD, a_question, a_user
@@ -258,3 +260,29 @@ def test_a_further_forbid_never_permits(rules: list[str], condition: str, tool: 
     )
 
     assert before.allowed or not after.allowed
+
+
+def asked(target: Ask) -> Question:
+    """Return the question whether the server may ask *target*."""
+    question = a_question()
+    return replace(question, message=question.message.about(target))
+
+
+def test_what_the_server_asks_is_about_the_server() -> None:
+    """Its action is the method; a permit for tools does not reach it."""
+    rule = 'permit (principal, action == Action::"sampling/createMessage", resource == Server::"database");'
+    question = asked(Ask(method="sampling/createMessage"))
+
+    assert engine(rule).decide(question).allowed
+    assert not engine(rule).decide(asked(Ask(method="roots/list"))).allowed
+    assert not engine('permit (principal, action == Action::"tools/call", resource);').decide(question).allowed
+    assert when('resource.namespace == "pay" || resource.name == "database"').decide(question).errors == ()
+
+
+def test_a_rule_may_read_how_a_human_is_asked() -> None:
+    """A form has no URL, and a rule that needs one does not hold."""
+    rule = when('context.elicitation has url && context.elicitation.url like "https://id.test/*"')
+
+    assert rule.decide(asked(Ask(method="elicitation/create", mode="url", url="https://id.test/x"))).allowed
+    assert not rule.decide(asked(Ask(method="elicitation/create", mode="url", url="https://evil.test/x"))).allowed
+    assert not rule.decide(asked(Ask(method="elicitation/create", mode="form"))).allowed

@@ -81,3 +81,10 @@ def test_the_servers_headers_travel_back() -> None:
     headers = [(b"mcp-session-id", b"s"), (b"content-length", b"3"), (b"transfer-encoding", b"chunked"), (b"x_y", b"1")]
 
     assert returned_headers(headers) == [(b"mcp-session-id", b"s"), (b"x_y", b"1")]
+
+
+def test_a_session_that_nobody_proved_stays_here() -> None:
+    """A stateless message has none; a server that does not know those would use it all the same."""
+    headers = [(b"mcp-session-id", b"s"), (b"mcp-name", b"x")]
+
+    assert forwarded_headers(headers, in_session=False) == [(b"mcp-name", b"x")]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sidecar.core import limits as module
 from sidecar.core.authorise import Permit
-from sidecar.core.limits import Admission, Buckets, admit
+from sidecar.core.limits import Admission, Buckets, admit, give_back
 from sidecar.core.message import parse
 from sidecar.core.profile import Limit
 from sidecar.errors import Reason, Refusal
@@ -122,3 +122,22 @@ def test_the_number_of_buckets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         admit(a_permit(principal=a_principal(user)), (a_limit(per=("user",)),), buckets, 0.0)
 
     assert [key[1] for key in buckets.held] == ["https://id.test a", "https://id.test c"]
+
+
+def test_what_is_not_sent_costs_nothing() -> None:
+    """A message that was admitted and then stays here, because another one of its batch was refused."""
+    limits, buckets = (a_limit(burst=1, rate_per_s=1e-6),), Buckets()
+    admission = admit(a_permit(), limits, buckets, 0.0)
+    give_back(admission, limits, buckets, 0.0)
+
+    assert is_granted(a_permit(), limits, buckets, 0.0)
+    assert not is_granted(a_permit(), limits, buckets, 0.0)
+
+
+def test_giving_back_never_overfills() -> None:
+    """The burst stays the burst."""
+    limits, buckets = (a_limit(burst=1, rate_per_s=1.0),), Buckets()
+    give_back(admit(a_permit(), limits, buckets, 0.0), limits, buckets, 9.0)
+
+    assert is_granted(a_permit(), limits, buckets, 9.0)
+    assert not is_granted(a_permit(), limits, buckets, 9.0)

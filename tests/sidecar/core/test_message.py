@@ -11,11 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.core.message import (
+    MAX_BATCH,
     MAX_DEPTH,
     MAX_ID,
     MAX_ID_CHARS,
+    MAX_SUBSCRIBED,
     NOTIFICATIONS,
     REQUESTS,
+    Ask,
     Listing,
     Message,
     Prompt,
@@ -25,7 +28,9 @@ from sidecar.core.message import (
     Task,
     Tool,
     parse,
+    parse_any,
 )
+from sidecar.core.revision import Revision
 from sidecar.errors import Reason, Refusal
 from tests.builders import a_call, a_request
 
@@ -72,6 +77,21 @@ def test_any_bytes_give_a_message_or_a_refusal(body: bytes) -> None:
     else:
         assert isinstance(message, Message)
         assert message.body is body
+
+
+@given(st.lists(NEARLY, max_size=4), st.sampled_from([None, *map(str, Revision), "x"]))
+@example([{"jsonrpc": "2.0", "id": 1, "method": "ping"}, {"jsonrpc": "2.0", "id": "1", "method": "ping"}], None)
+@example([[]], None)
+def test_any_batch_gives_messages_or_a_refusal(documents: list[Any], version: str | None) -> None:
+    """As many as it has, in order, each with its id known; only where the revision has batches."""
+    body = json.dumps(documents).encode()
+    try:
+        found = parse_any(body, version)
+    except Refusal:
+        return
+    assert version in (None, Revision.V2025_03_26)
+    assert isinstance(found, tuple)
+    assert [document.get("id") for document in documents] == [each.id for each in found]
 
 
 @given(NEARLY, st.sampled_from([None, 1]), st.booleans())
@@ -315,9 +335,14 @@ def test_finite_numbers_pass(number: float) -> None:
         (Tool(name="x", arguments={}), "tool 'x'"),
         (Prompt(name="x", arguments={}), "prompt 'x'"),
         (Resource(uri="db://x"), "resource 'db://x'"),
+        (Task(id="t"), "task 't'"),
+        (Subscription(resources=("db://x",), tasks=()), "this subscription"),
+        (Ask(method="roots/list"), "the client"),
     ],
 )
-def test_a_target_is_called_by_its_kind_and_name(target: Tool | Prompt | Resource, label: str) -> None:
+def test_a_target_is_called_by_its_kind_and_name(
+    target: Tool | Prompt | Resource | Task | Subscription | Ask, label: str
+) -> None:
     """That is what a refusal says."""
     assert label == target.label
 
@@ -328,6 +353,7 @@ def test_a_target_is_called_by_its_kind_and_name(target: Tool | Prompt | Resourc
         (Tool(name="x", arguments={}), "tools/call"),
         (Prompt(name="x", arguments={}), "prompts/get"),
         (Resource(uri="db://x"), "resources/read"),
+        (Ask(method="sampling/createMessage"), "sampling/createMessage"),
     ],
 )
 def test_a_listed_item_is_judged_by_the_message_that_uses_it(target: Tool | Prompt | Resource, method: str) -> None:
@@ -335,3 +361,148 @@ def test_a_listed_item_is_judged_by_the_message_that_uses_it(target: Tool | Prom
     message = parse(a_request("tools/list")).about(target)
 
     assert (method, target) == (message.method, message.target)
+
+
+# revisions
+
+MODERN = "2026-07-28"
+META = {"io.modelcontextprotocol/protocolVersion": MODERN, "io.modelcontextprotocol/clientCapabilities": {}}
+
+
+def test_a_message_knows_its_revision() -> None:
+    """By the header, and without one by the transport."""
+    assert parse(a_call(), "2025-06-18").revision is Revision.V2025_06_18
+    assert parse(a_call()).revision is Revision.V2025_03_26
+    assert parse(a_call(), None, Revision.V2024_11_05).revision is Revision.V2024_11_05
+    assert parse(a_request("tools/call", {"name": "x", "_meta": META}), MODERN).revision is Revision.V2026_07_28
+    assert parse(b'{"jsonrpc":"2.0","id":1,"result":{}}', "2025-11-25").revision is Revision.V2025_11_25
+
+
+@pytest.mark.parametrize(
+    ("body", "version", "reason"),
+    [
+        (a_request("tools/call", {"name": "x"}), MODERN, Reason.MALFORMED),
+        (a_request("tools/call", {"name": "x", "_meta": META}), None, Reason.HEADER_MISMATCH),
+        (a_request("tools/call", {"name": "x"}), "2030-01-01", Reason.UNSUPPORTED_VERSION),
+        (a_request("tools/call", {"_meta": META}), MODERN, Reason.MALFORMED),
+        (a_request("tools/destroy", {"_meta": META}), MODERN, Reason.UNKNOWN_METHOD),
+    ],
+)
+def test_a_refusal_says_in_which_era_to_answer(body: bytes, version: str | None, reason: Reason) -> None:
+    """And whose request it was: a client of the later era knows other codes."""
+    with pytest.raises(Refusal) as caught:
+        parse(body, version)
+
+    assert (caught.value.reason, caught.value.id, caught.value.revision) == (reason, 7, MODERN)
+
+
+def test_a_client_sends_no_response_in_the_later_era() -> None:
+    """What servers need of clients, they ask for in results."""
+    with pytest.raises(Refusal, match="no response"):
+        parse(b'{"jsonrpc":"2.0","id":1,"result":{}}', MODERN)
+
+
+# batches
+
+
+def a_batch(*bodies: bytes) -> bytes:
+    """Several messages in one body."""
+    return b"[" + b",".join(bodies) + b"]"
+
+
+NOTE = b'{"jsonrpc":"2.0","method":"notifications/initialized"}'
+ANSWER = b'{"jsonrpc":"2.0","id":1,"result":{}}'
+
+
+def test_a_batch_is_read_message_by_message() -> None:
+    """Each knows the whole body, because that is what would be sent."""
+    body = a_batch(a_call("x", request_id=1), NOTE, ANSWER, a_call("y", request_id="1"))
+    found = parse_any(body)
+
+    assert isinstance(found, tuple)
+    messages = [each for each in found if isinstance(each, Message)]
+    assert [each.shape for each in messages] == [Shape.REQUEST, Shape.NOTIFICATION, Shape.RESPONSE, Shape.REQUEST]
+    assert all(each.body is body for each in messages)
+
+
+@pytest.mark.parametrize("version", ["2024-11-05", "2025-06-18", "2025-11-25", MODERN])
+def test_other_revisions_have_no_batches(version: str) -> None:
+    """TypeScript's servers execute them all the same."""
+    with pytest.raises(Refusal, match="batch"):
+        parse_any(a_batch(a_call()), version)
+
+
+def test_a_refused_request_stands_in_its_place() -> None:
+    """So that each request gets its own answer."""
+    found = parse_any(
+        a_batch(a_call(request_id=1), a_request("tools/destroy", request_id=2), a_request("ping", request_id=3))
+    )
+
+    assert isinstance(found, tuple)
+    assert [(type(each), each.id) for each in found] == [(Message, 1), (Refusal, 2), (Message, 3)]
+
+
+def test_an_unknown_notification_stands_in_its_place() -> None:
+    """The others of its batch must still be answered."""
+    found = parse_any(a_batch(a_call(), b'{"jsonrpc":"2.0","method":"notifications/unknown"}'))
+
+    assert isinstance(found, tuple)
+    assert isinstance(found[1], Refusal)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (a_batch(), "1 to"),
+        (a_batch(*[NOTE] * (MAX_BATCH + 1)), "1 to"),
+        (a_batch(a_call(), b"7"), "object"),
+        (a_batch(a_batch(a_call())), "object"),
+        (a_batch(a_call(), b'{"jsonrpc":"2.0","id":null,"method":"ping"}'), "id must be"),
+        (a_batch(a_request("initialize", request_id=1), a_call(request_id=2)), "initialize"),
+        (a_batch(a_call(request_id=1), a_call(request_id=1)), "same id"),
+        (a_batch(a_call(request_id=1), a_request("tools/destroy", request_id=1)), "same id"),
+    ],
+)
+def test_a_batch_that_nobody_could_answer_is_refused(body: bytes, why: str) -> None:
+    """Whole: there is no id to tell it to, or two answers would have the same."""
+    with pytest.raises(Refusal, match=why) as caught:
+        parse_any(body)
+
+    assert caught.value.reason is Reason.MALFORMED
+
+
+# names that only look like the protocol's
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("tasks/get", {"taskId": "mine", "taskid": "yours"}),
+        ("tasks/get", {"taskId": "mine", "TASKID": "yours"}),
+        ("tasks/get", {"taskId": "mine", "ta\u017f\u212aid": "yours"}),
+        ("subscriptions/listen", {"Notifications": {}}),
+        ("subscriptions/listen", {"notifications": {"ResourceSubscriptions": ["db://a"]}}),
+        ("subscriptions/listen", {"notifications": {"taskids": ["t"]}}),
+        ("tools/call", {"name": "x", "_META": {}}),
+        ("tools/call", {"name": "x", "_meta": {"io.modelcontextprotocol/ProtocolVersion": MODERN}}),
+        ("notifications/cancelled", {"RequestId": 1}),
+    ],
+)
+def test_a_member_that_differs_only_in_case_is_refused(method: str, params: dict[str, Any]) -> None:
+    """Go's encoding/json would take it for the one that was judged."""
+    assert "only in case" in refused(a_request(method, params)).public
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"notifications": []},
+        {"notifications": {"resourceSubscriptions": "db://a"}},
+        {"notifications": {"resourceSubscriptions": [7]}},
+        {"notifications": {"taskIds": None}},
+        {"notifications": {"taskIds": ["t"] * (MAX_SUBSCRIBED + 1)}},
+    ],
+)
+def test_a_subscription_names_what_it_wants(params: dict[str, Any]) -> None:
+    """Or nothing of it could be judged."""
+    assert "params.notifications" in refused(a_request("subscriptions/listen", params)).public
