@@ -71,7 +71,7 @@ async function call(tool, args, context) {
     context.http?.closeSSE?.();
     await pause(2 * STEP_MS);
   }
-  return tool.answer;
+  return filled(tool.answer, args);
 }
 
 function read(uri) {

@@ -21,8 +21,10 @@ from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
 from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler, PromptsListChanged, ToolsListChanged
 from mcp.shared.exceptions import MCPDeprecationWarning, MCPError
 from mcp.shared.message import ServerMessageMetadata
+from tasks import EXTENSION, Tasks
 
 OFFER: Final[dict[str, Any]] = json.loads(Path(__file__).with_name("everything.json").read_text(encoding="utf-8"))
+TOOLS: Final = OFFER["tools"] + OFFER["tasks"]
 CAPABILITIES: Final = {"elicitation/create": "elicitation", "sampling/createMessage": "sampling", "roots/list": "roots"}
 ASKS: Final[dict[str, tuple[Any, Any]]] = {
     "elicitation/create": (types.ElicitRequest, types.ElicitResult),
@@ -82,7 +84,7 @@ def is_answer(response: Any) -> bool:
 
 async def call(context: ServerRequestContext, params: types.CallToolRequestParams) -> Any:
     """Do what the tool's entry says."""
-    tool = next((tool for tool in OFFER["tools"] if tool["name"] == params.name), None)
+    tool = next((tool for tool in TOOLS if tool["name"] == params.name), None)
     if tool is None:
         raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {params.name}")
     for line in tool.get("log", ()):
@@ -104,12 +106,12 @@ async def call(context: ServerRequestContext, params: types.CallToolRequestParam
     if tool.get("reconnect") and context.close_sse_stream is not None:
         await context.close_sse_stream()
         await asyncio.sleep(2 * STEP_S)
-    return types.CallToolResult.model_validate(tool["answer"])
+    return types.CallToolResult.model_validate(filled(tool["answer"], params.arguments))
 
 
 async def list_tools(_context: ServerRequestContext, _params: Any) -> Any:
     """Return every tool as it may be seen."""
-    tools = [{key: tool[key] for key in ("name", "description", "inputSchema")} for tool in OFFER["tools"]]
+    tools = [{key: tool[key] for key in ("name", "description", "inputSchema")} for tool in TOOLS]
     return types.ListToolsResult.model_validate({"tools": tools})
 
 
@@ -215,7 +217,11 @@ def make_server() -> Server[Any]:
         on_completion=complete,
         on_set_logging_level=accept,
     )
-    made.middleware.append(RequestStateBoundary(RequestStateSecurity.ephemeral(), default_audience=made.name))
+    made.middleware += [
+        Tasks(OFFER["tasks"]),
+        RequestStateBoundary(RequestStateSecurity.ephemeral(), default_audience=made.name),
+    ]
+    made.extensions[EXTENSION] = {}
     return made
 
 
