@@ -97,6 +97,10 @@ class RegoEngine:
         if ALLOW not in self._instance.entrypoints:
             raise BundleError(f"policy.wasm: has no entrypoint {ALLOW}")
 
+    def __del__(self) -> None:
+        if getattr(self, "_instance", None) is not None:
+            self._instance.close()  # type: ignore[union-attr] # a new bundle took our place
+
     def decide(self, question: Question) -> Verdict:
         """Return the verdict; policies are the strings of `reasons`, or the rule's name."""
         try:
@@ -105,12 +109,18 @@ class RegoEngine:
             return Verdict(allowed=False, errors=(f"rego: the input is not JSON: {error}",))
         try:
             instance = self._instance or self._instantiate()
-            self._instance = None  # gone unless it comes back whole
+        except BundleError as error:
+            return Verdict(allowed=False, errors=(f"rego: {error}",))
+        self._instance = None  # gone unless it comes back whole
+        try:
             allowed = _is_true(instance.evaluate(ALLOW, document, question.time_ns))
             reasons = instance.evaluate(REASONS, document, question.time_ns) if REASONS in instance.entrypoints else []
-        except (Trap, BundleError) as error:
+        except Trap as error:
+            instance.close()
             return Verdict(allowed=False, errors=(f"rego: {error}",))
-        if not instance.has_grown:
+        if instance.has_grown:
+            instance.close()
+        else:
             self._instance = instance
         return Verdict(allowed=allowed, policies=_names(reasons) or (("data.mcp.authz.allow",) if allowed else ()))
 
@@ -163,9 +173,14 @@ class _Instance:
             self._heap = self._call("opa_heap_ptr_get")
             evaluate = self._function("opa_eval")
         except (wasmtime.WasmtimeError, wasmtime.Trap, KeyError, IndexError, ValueError, Trap) as error:
+            self.close()
             raise BundleError(f"policy.wasm: cannot be loaded: {_cause(error)}") from error
         self._grown_bytes = self._memory.data_len(self._store) + KEPT_BYTES
         self._evaluate = _caller(self._store, evaluate)
+
+    def close(self) -> None:
+        """Give the memory back. The package keeps host functions while their store lives, and they keep the store."""
+        self._store.close()
 
     @property
     def has_grown(self) -> bool:

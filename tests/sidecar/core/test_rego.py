@@ -101,6 +101,21 @@ def test_an_endless_policy_spends_its_fuel_and_denies() -> None:
     assert engine.decide(a_question("x", {"l": []})).errors == ()
 
 
+def test_an_instance_that_was_thrown_away_gives_its_memory_back() -> None:
+    """At once: neither a caller who makes a policy fail nor a bundle that is replaced may fill the memory."""
+    engine = RegoEngine(policy_wasm(SLOW), fuel=2_000_000)
+    first = engine._instance
+    assert engine.decide(a_question("x", {"l": list(range(200))})).errors != ()
+    assert engine.decide(a_question("x", {"l": []})).errors == ()
+    second = engine._instance
+    del engine
+
+    for instance in (first, second):
+        assert instance is not None
+        with pytest.raises(ValueError, match="closed"):
+            instance._store.ptr()
+
+
 def test_a_policy_that_takes_too_much_memory_denies() -> None:
     """Memory is bounded; the next decision has it all again."""
     engine = RegoEngine(
@@ -182,7 +197,7 @@ def test_an_undefined_builtin_makes_the_rule_undefined() -> None:
 
 def test_a_builtin_that_does_not_know_denies_the_decision() -> None:
     """Undefined would turn `not` into a permit: what we cannot answer as OPA does ends the whole decision."""
-    engine = RegoEngine(policy_wasm(DEFAULT + "allow if not startswith(sprintf(input.tool.args.t, [1]), \"x\")\n"))
+    engine = RegoEngine(policy_wasm(DEFAULT + 'allow if not startswith(sprintf(input.tool.args.t, [1]), "x")\n'))
 
     verdict = engine.decide(a_question("x", {"t": "%*d"}))
     assert not verdict.allowed
@@ -209,7 +224,7 @@ def test_a_builtin_in_python_spends_fuel() -> None:
 
 def test_a_builtin_that_is_not_here_is_refused_when_loading() -> None:
     """A gap is found before the first call, and named."""
-    wasm = policy_wasm(DEFAULT + 'allow if yaml.is_valid(input.tool.name)\n')
+    wasm = policy_wasm(DEFAULT + "allow if yaml.is_valid(input.tool.name)\n")
 
     with pytest.raises(BundleError, match=r"built-in functions that are not here: yaml\.is_valid"):
         RegoEngine(wasm)
