@@ -6,6 +6,7 @@ unreadable ones included.
 
 from dataclasses import dataclass, field
 
+from certs.spiffe import SpiffeId
 from sidecar.core.authorise import Agent, Permit
 from sidecar.core.connection import Connection, Headers
 from sidecar.core.identity import Principal
@@ -13,6 +14,16 @@ from sidecar.core.limits import Admission
 from sidecar.core.message import Message, RequestId
 from sidecar.core.profile import Profile
 from sidecar.errors import Refusal
+
+
+@dataclass(slots=True, kw_only=True)
+class Outbound:
+    """Where a call of the agent beside us went."""
+
+    host: str
+    port: int
+    expected: str  # SPIFFE ID pattern
+    server: SpiffeId | None = None  # as its certificate proved; None: not reached or not proven, and nothing was sent
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +59,13 @@ class Exchange:
     error_code: int | None = None  # of the server's JSON-RPC error
     tool_failed: bool = False
     hidden: int = 0  # list items that the principal may not see
+    outbound: Outbound | None = None  # in agent role
     aborted: str | None = None  # why the answer did not reach its end: client gone, upstream cut, drained
+
+    @property
+    def was_sent(self) -> bool:
+        """Say whether the message went on to the server."""
+        return self.admission is not None if self.outbound is None else self.outbound.server is not None
 
     @property
     def request_id(self) -> RequestId | None:

@@ -18,7 +18,7 @@ from sidecar.core.claims import User
 from sidecar.core.message import Ask, Message, Prompt, Resource, Subscription, Task, Tool
 from sidecar.core.profile import Audit
 from sidecar.core.redaction import Content, redact
-from sidecar.exchange import Exchange
+from sidecar.exchange import Exchange, Outbound
 
 SCHEMA: Final = "sidegate.audit/v1"
 MAX_TEXT_CHARS: Final = 1024  # of a name, URI, path or detail; longer ones end in an ellipsis
@@ -34,7 +34,8 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("schema", "string", f"`{SCHEMA}`. A new member may appear in v1; a changed or missing one would be v2."),
     ("trace_id", "string", "W3C trace id, 32 hex digits; the caller's, when it sent one."),
     ("span_id", "string", "W3C id of the sidecar's own span, 16 hex digits; unique to this message."),
-    ("server", "object?", "The MCP server, from the bundle."),
+    ("direction", "string", "`inbound`: a call of the server here; `outbound`: one by the agent here."),
+    ("server", "object?", "The workload here, from the bundle: the MCP server, or in agent role the agent."),
     ("server.namespace", "string", "Its Kubernetes namespace."),
     ("server.workload", "string", "Its Deployment, StatefulSet …"),
     ("server.name", "string", "Its name in policies."),
@@ -49,7 +50,13 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("who.user.groups", "array", "Groups."),
     ("who.delegation", "array", "Who acts for the user, from the user outward: `sub` and `actor` of each step."),
     ("who.workload", "string?", "The SPIFFE ID of the caller's SVID."),
+    ("who.proof", "string?", "How it was proven: `x509-svid` by mutual TLS, `jwt-svid` by a token."),
     ("who.client", "string", "Address and port of the connection's other end."),
+    ("destination", "object?", "Where an outbound call went."),
+    ("destination.host", "string", "As the agent named it."),
+    ("destination.port", "integer", "Its port."),
+    ("destination.expected", "string", "The SPIFFE IDs of which it had to prove one."),
+    ("destination.workload", "string?", "The SPIFFE ID that it proved; null when nothing was sent."),
     ("agent", "object", "What the caller says of itself: **self-reported**, never verified."),
     ("agent.session", "string?", "Agent session; where the MCP session stands in for it, the same hash as `session`."),
     ("agent.client_name", "string?", "`clientInfo.name` of `initialize`."),
@@ -127,7 +134,9 @@ def record(exchange: Exchange) -> dict[str, Any]:
             "workload": profile.server.workload,
             "name": profile.server.name,
         },
+        "direction": "inbound" if exchange.outbound is None else "outbound",
         "who": _who(exchange),
+        "destination": None if exchange.outbound is None else _destination(exchange.outbound),
         "agent": {
             "session": _agent_session(exchange),
             "client_name": cut(agent.client_name),
@@ -143,9 +152,9 @@ def record(exchange: Exchange) -> dict[str, Any]:
         },
         "message": None if exchange.message is None else _message(exchange.message),
         "arguments": None if exchange.message is None else _arguments(exchange.message, audit),
-        "result": None if admission is None else _result(exchange, audit),
+        "result": _result(exchange, audit) if exchange.was_sent else None,
         "decision": {
-            "outcome": "refused" if admission is None else "allowed",
+            "outcome": "allowed" if exchange.was_sent else "refused",
             "reason": None if refusal is None else refusal.reason,
             "detail": None if refusal is None else cut(refusal.detail or refusal.public),
             "policies": [] if permit is None else permit.policies,
@@ -212,7 +221,21 @@ def _who(exchange: Exchange) -> dict[str, Any]:
         "user": None if user is None else _user(user),
         "delegation": [] if user is None else [{"sub": each.sub, "actor": each.actor} for each in user.delegation],
         "workload": None if workload is None else str(workload),
+        "proof": None
+        if workload is None
+        else "jwt-svid"
+        if peer is None and exchange.outbound is None
+        else "x509-svid",
         "client": exchange.connection.client,
+    }
+
+
+def _destination(outbound: Outbound) -> dict[str, Any]:
+    return {
+        "host": cut(outbound.host),
+        "port": outbound.port,
+        "expected": outbound.expected,
+        "workload": None if outbound.server is None else str(outbound.server),
     }
 
 

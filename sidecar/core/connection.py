@@ -141,7 +141,7 @@ def forwarded_headers(headers: Headers, *, in_session: bool = True) -> list[tupl
     judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged. The id of a
     session travels *in_session* only: stateless messages have none, but a server that does not know them would use it.
     """
-    nominated = {name for name in _nominated(headers) if not name.startswith(b"mcp-")}
+    nominated = {name for name in nominated_in(headers) if not name.startswith(b"mcp-")}
     if not in_session:
         nominated.add(b"mcp-session-id")
     return [(name, value) for name, value in headers if _travels(name) and name not in nominated]
@@ -164,11 +164,11 @@ def forged_headers(headers: Headers) -> tuple[str, ...]:
 
 def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Return those of the upstream's *headers* that the caller may see."""
-    nominated = _nominated(headers) - HOP_BY_HOP  # mostly keep-alive, which is one of them
+    nominated = nominated_in(headers) - HOP_BY_HOP  # mostly keep-alive, which is one of them
     dropped = _NOT_RETURNED | nominated if nominated else _NOT_RETURNED
     return [(name, value) for name, value in headers if name not in dropped]
 
 
-def _nominated(headers: Headers) -> set[bytes]:
+def nominated_in(headers: Headers) -> set[bytes]:
     """Return the names that a Connection field makes hop-by-hop."""
     return {option.strip().lower() for name, value in headers if name == b"connection" for option in value.split(b",")}

@@ -139,6 +139,20 @@ class Identity(Record, frozen=True, kw_only=True):
                 raise ValueError("exchange.provider must be one of providers, with a client")
 
 
+class Destination(Record, frozen=True, kw_only=True):
+    """An MCP server that an agent calls."""
+
+    host: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]+\Z", max_length=253)]  # as the agent names it
+    port: Port
+    id: str = ""  # SPIFFE ID pattern that it must match; empty: any service account of the host's namespace
+
+
+class AgentRole(Record, frozen=True, kw_only=True):
+    """What a sidecar in agent role does: calls to these servers leave as mTLS, all others untouched."""
+
+    servers: tuple[Destination, ...] = ()
+
+
 class Limit(Record, frozen=True, kw_only=True):
     """A token bucket for each combination of `per`."""
 
@@ -185,6 +199,7 @@ class Profile(Record, frozen=True, kw_only=True):
     audit: Audit = Audit()
     telemetry: Telemetry = Telemetry()
     policies: Policies = Policies()
+    agent: AgentRole | None = None  # in agent role; `server` is then the agent itself, and its port is not used
     denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown
 
 

@@ -57,6 +57,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._operations: dict[tuple[str, str, str], Histogram] = {}  # by method, tool, error
+        self._calls: dict[tuple[str, str, str], Histogram] = {}  # outbound, likewise
         self._tools: set[str] = set()
         self._decisions = Histogram(DECISION_BUCKETS_S)
         self._refusals = dict.fromkeys(Reason, 0)
@@ -73,7 +74,7 @@ class Metrics:
         self._hidden += exchange.hidden
         # A stream's duration says how long a client stayed, and an ask's nothing, not how long the server took.
         is_operation = exchange.message.shape in (Shape.REQUEST, Shape.NOTIFICATION)
-        if exchange.admission is not None and is_operation and not isinstance(exchange.message.target, Ask):
+        if exchange.was_sent and is_operation and not isinstance(exchange.message.target, Ask):
             self._operation(exchange, exchange.message)
 
     def handshake_refused(self, reason: PeerReason) -> None:
@@ -132,11 +133,12 @@ class Metrics:
     def _operation(self, exchange: Exchange, message: Message) -> None:
         error = error_type(exchange)
         key = (message.method, self._tool(message, error), error if _is_closed(error) else OTHER)
-        series = self._operations.get(key)
+        held = self._operations if exchange.outbound is None else self._calls
+        series = held.get(key)
         if series is None:
-            if len(self._operations) >= MAX_SERIES:
+            if len(held) >= MAX_SERIES:
                 key = (key[0], OTHER if key[1] else "", key[2])  # at most methods x errors more
-            series = self._operations.setdefault(key, Histogram(OPERATION_BUCKETS_S))
+            series = held.setdefault(key, Histogram(OPERATION_BUCKETS_S))
         series.observe(exchange.total_s)
 
     def _tool(self, message: Message, error: str) -> str:
@@ -150,13 +152,14 @@ class Metrics:
         return name
 
     def _operation_lines(self) -> Iterator[str]:
-        name = "mcp_server_operation_duration_seconds"
-        yield from _head(
-            name, "histogram", "Time from the first byte of an admitted message to the last of its answer."
-        )
-        for (method, tool, error), series in self._operations.items():
-            labels = f'mcp_method_name="{method}",gen_ai_tool_name="{_escape(tool)}",error_type="{error}"'
-            yield from series.lines(name, labels)
+        for side, held in (("server", self._operations), ("client", self._calls)):
+            name = f"mcp_{side}_operation_duration_seconds"
+            yield from _head(
+                name, "histogram", "Time from the first byte of an admitted message to the last of its answer."
+            )
+            for (method, tool, error), series in held.items():
+                labels = f'mcp_method_name="{method}",gen_ai_tool_name="{_escape(tool)}",error_type="{error}"'
+                yield from series.lines(name, labels)
 
 
 _MAX_TOOL_CHARS: Final = 128  # SDKs warn beyond it (MCP 2025-11-25, tool names); a label should be readable

@@ -20,7 +20,7 @@ from sidecar.core.message import Message, Prompt, Resource, Tool
 from sidecar.core.profile import Profile
 from sidecar.core.redaction import encode, redact
 from sidecar.errors import Reason
-from sidecar.exchange import Exchange
+from sidecar.exchange import Exchange, Outbound
 from sidecar.record import TOOL_ERROR, answer, cut, error_type
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ ATTEMPTS: Final = 5
 BACKOFF_S: Final = (0.5, 8.0)  # first and longest pause, before jitter
 RETRIED: Final = frozenset({None, 429, 502, 503, 504})  # OTLP/HTTP, retryable response codes; None: no response
 _SERVER_KIND: Final = 2  # opentelemetry.proto.trace.v1.Span.SpanKind
+_CLIENT_KIND: Final = 3
 _ERROR: Final = 2  # opentelemetry.proto.trace.v1.Status.StatusCode
 
 
@@ -169,7 +170,7 @@ def span(exchange: Exchange, profile: Profile) -> dict[str, Any]:
         "traceId": exchange.trace_id,
         "spanId": exchange.span_id,
         "name": _name(exchange),
-        "kind": _SERVER_KIND,
+        "kind": _SERVER_KIND if exchange.outbound is None else _CLIENT_KIND,
         "startTimeUnixNano": str(exchange.started_ns),
         "endTimeUnixNano": str(exchange.started_ns + int(exchange.total_s * 1e9)),
         "attributes": _pairs(
@@ -203,7 +204,7 @@ def _attributes(exchange: Exchange) -> dict[str, str | None]:
         "client.port": port or None,
         "error.type": error_type(exchange) or None,
         "rpc.response.status_code": None if exchange.error_code is None else str(exchange.error_code),
-        "sidegate.decision": "refused" if exchange.admission is None else "allowed",
+        "sidegate.decision": "allowed" if exchange.was_sent else "refused",
         "sidegate.policy.revision": exchange.revision or None,
         "sidegate.agent.session": agent.session,
         "sidegate.agent.client_name": agent.client_name,
@@ -211,6 +212,15 @@ def _attributes(exchange: Exchange) -> dict[str, str | None]:
         "sidegate.user.id": None if user is None else user.id,
         "sidegate.user.issuer": None if user is None else user.issuer,
         **({} if message is None else _described(message)),
+        **({} if exchange.outbound is None else _destination(exchange.outbound)),
+    }
+
+
+def _destination(outbound: Outbound) -> dict[str, str | None]:
+    return {
+        "server.address": cut(outbound.host),
+        "server.port": str(outbound.port),
+        "sidegate.peer.spiffe_id": None if outbound.server is None else str(outbound.server),
     }
 
 
@@ -276,4 +286,4 @@ def _pair(key: str, value: str) -> dict[str, Any]:
 _short_pair: Final = lru_cache(maxsize=1024)(_pair)  # most are the same in every call of a session; nobody changes them
 
 
-_INTEGERS: Final = frozenset({"client.port"})  # protobuf's JSON writes 64-bit integers as strings
+_INTEGERS: Final = frozenset({"client.port", "server.port"})  # protobuf's JSON writes 64-bit integers as strings

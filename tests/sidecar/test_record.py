@@ -15,7 +15,7 @@ from sidecar.core.authorise import Agent
 from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscription, Target, Task, Tool, parse
 from sidecar.core.profile import Audit
 from sidecar.errors import Reason, Refusal
-from sidecar.exchange import Exchange
+from sidecar.exchange import Exchange, Outbound
 from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, record, timestamp
 from tests.sidecar.exchanges import (
     AGENT,
@@ -85,7 +85,8 @@ def test_unreadable_message_has_a_record() -> None:
 
     assert record["message"] is None
     assert record["arguments"] is None
-    assert {"user": None, "delegation": [], "workload": str(AGENT), "client": "10.0.0.9:41234"} == record["who"]
+    who = {"user": None, "delegation": [], "workload": str(AGENT), "proof": "x509-svid", "client": "10.0.0.9:41234"}
+    assert who == record["who"]
     assert record["decision"]["reason"] == "malformed"
 
 
@@ -249,7 +250,27 @@ def _paths(value: Any, prefix: str = "") -> set[str]:
 
 def test_schema_names_every_member_and_no_other() -> None:
     """FIELDS and the record agree; the fullest record shows every member."""
-    assert {path for path, _, _ in FIELDS} == _paths(_written(an_exchange(a_call("t", {"a": 1}))))
+    outbound = Outbound(host="records.demo", port=8000, expected="spiffe://a.test/ns/demo/sa/*", server=AGENT)
+    fullest = an_exchange(a_call("t", {"a": 1}), outbound=outbound)
+    assert {path for path, _, _ in FIELDS} == _paths(_written(fullest))
+
+
+def test_outbound_call_says_where_it_went() -> None:
+    """Sent only once the server has proven its identity; without, the record says whom we wanted to meet."""
+    outbound = Outbound(host="records.demo", port=8000, expected="spiffe://a.test/ns/demo/sa/*", server=AGENT)
+    sent = _written(an_exchange(admission=None, permit=None, outbound=outbound))
+    kept = _written(a_refused_exchange(Reason.UPSTREAM, outbound=replace(outbound, server=None)))
+
+    assert (sent["direction"], sent["decision"]["outcome"]) == ("outbound", "allowed")
+    assert sent["destination"]["workload"] == str(AGENT)
+    assert (kept["decision"]["outcome"], kept["destination"]["workload"], kept["result"]) == ("refused", None, None)
+
+
+def test_a_token_is_told_from_a_certificate() -> None:
+    """A bearer token can be stolen, a certificate's key cannot be read from a call."""
+    connection = replace(an_exchange().connection, peer=None)
+
+    assert _written(an_exchange(connection=connection))["who"]["proof"] == "jwt-svid"
 
 
 def test_members_that_may_be_null_say_so() -> None:
