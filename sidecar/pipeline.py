@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
+from sidecar.core import metadata
 from sidecar.core.agreement import ParamHeaders
 from sidecar.core.agreement import check as check_agreement
 from sidecar.core.authorise import Agent, Engine, Permit, Question, authorise
@@ -19,13 +20,13 @@ from sidecar.core.limits import Admission, Buckets, admit, give_back
 from sidecar.core.message import Message, Shape, Subscription, Task, malformed, parse, parse_any
 from sidecar.core.origin import check_host, check_origin
 from sidecar.core.origin import preflight as grant
-from sidecar.core.ownership import Owned, endpoints, tasks
+from sidecar.core.ownership import Owned, tasks
 from sidecar.core.pending import Pending
 from sidecar.core.profile import Profile
 from sidecar.core.replies import Response
 from sidecar.core.revision import CLIENT, UNSAID, Revision, of_header
 from sidecar.core.scopes import require_scopes
-from sidecar.core.session import Sessions
+from sidecar.core.session import Session, Sessions
 from sidecar.core.trace import of_message
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
@@ -62,7 +63,6 @@ class Memory:
     sessions: Sessions = field(default_factory=Sessions)
     buckets: Buckets = field(default_factory=Buckets)
     tasks: Owned = field(default_factory=tasks)
-    endpoints: Owned = field(default_factory=endpoints)  # path and query, while their stream lasts (2024-11-05)
     asked: Pending = field(default_factory=Pending)  # requests of the server that were passed on to a client
     calls: Pending = field(default_factory=Pending)  # requests of clients without a session that are under way
     param_headers: ParamHeaders = field(default_factory=ParamHeaders)  # as the tools' schemas annotate them
@@ -103,13 +103,16 @@ def judge(
     exchange.removed = refuse_forgeries(connection)
     principal = exchange.principal = authenticate(connection, snapshot.trust, now_s)
     if snapshot.is_sse and connection.method == "POST":
-        memory.endpoints.require(connection.target, principal)
+        # The server told the reader of a stream to post there, and nobody else.
+        memory.sessions.require(connection.target, principal)
+        exchange.session_id = connection.target
     found = read(connection, snapshot)
     if isinstance(found, Message):
         exchange.message = found
         return _admit(exchange, _authorise(exchange, snapshot, memory), snapshot, memory, clock_s)
     if begin is None:
         raise malformed("a batch is not accepted here: send one message per request")
+    _session(exchange, memory)  # HTTP says that a session is over, once for all messages
     return _judge_batch([exchange, *(begin(connection) for _ in found[1:])], found, snapshot, memory, clock_s)
 
 
@@ -236,6 +239,12 @@ def preflight(connection: Connection, snapshot: Snapshot) -> Response:
     return grant(connection, server.origins)
 
 
+def answered(connection: Connection, snapshot: Snapshot) -> Response | None:
+    """Return what is answered here, to anybody: where to get a token, and preflights. None: the rest. Raises Refusal."""
+    own = metadata.answer(connection, snapshot.profile)
+    return preflight(connection, snapshot) if own is None and connection.method == "OPTIONS" else own
+
+
 def refuse_forgeries(connection: Connection) -> tuple[str, ...]:
     """Return the names of headers that claim an identity and will not travel on; refuse those that only we may write."""
     forged = forged_headers(connection.headers)
@@ -266,17 +275,22 @@ def read(connection: Connection, snapshot: Snapshot) -> Message | tuple[Message 
 
 def _agent(exchange: Exchange, message: Message, memory: Memory) -> Agent:
     """Return what the caller says of itself, in this message or in the one that opened its session."""
-    connection, principal = exchange.connection, exchange.principal
-    assert principal is not None  # noqa: S101 - for the type checker: the stage before set it
-    stamped = connection.header(AGENT_SESSION)
-    session_id = None if message.revision.is_modern else connection.header(SESSION)
-    exchange.session_id = session_id
-    session = None if session_id is None else memory.sessions.require(session_id, principal)
+    stamped = exchange.connection.header(AGENT_SESSION)
+    session = None if message.revision.is_modern else _session(exchange, memory)
     if session is None or message.method == "initialize":
         return _described(message, stamped)
     return (
         session.agent if stamped is None else replace(session.agent, session=_label(stamped) or session.agent.session)
     )
+
+
+def _session(exchange: Exchange, memory: Memory) -> Session | None:
+    """Return the session that the request is in; raises Refusal(NOT_FOUND) when it is not the principal's."""
+    session_id = exchange.session_id = exchange.session_id or exchange.connection.header(SESSION)
+    if session_id is None:
+        return None
+    assert exchange.principal is not None  # noqa: S101 - for the type checker: the stage before set it
+    return memory.sessions.require(session_id, exchange.principal)
 
 
 def _described(message: Message, stamped: str | None) -> Agent:
@@ -308,7 +322,8 @@ def _check_owners(exchange: Exchange, message: Message, memory: Memory) -> None:
             raise Refusal(Reason.UNSOLICITED, "no request waits for this response", detail=str(message.id))
     elif message.method == CANCELLED and exchange.session_id is None:
         request_id = message.params.get("requestId")
-        if not isinstance(request_id, str | int) or not memory.calls.has(scope(exchange), request_id):
+        is_true = isinstance(request_id, bool)  # to Python a number
+        if is_true or not isinstance(request_id, str | int) or not memory.calls.has(scope(exchange), request_id):
             raise Refusal(Reason.UNSOLICITED, "no such request is under way", detail=str(request_id)[:MAX_LABEL_CHARS])
 
 
@@ -321,6 +336,7 @@ def remember(exchange: Exchange, status: int, session_id: str | None, memory: Me
     message, principal = exchange.message, exchange.principal
     if message is None or principal is None:
         return
+    session_id = session_id or exchange.session_id
     if message.method == "initialize" and session_id is not None and status < 300:
         agent = exchange.agent  # without a session of its own, the MCP session stands in for it
         memory.sessions.open(session_id, principal, agent if agent.session else replace(agent, session=session_id))

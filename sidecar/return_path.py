@@ -12,6 +12,7 @@ from sidecar.core.authorise import authorise
 from sidecar.core.limits import admit
 from sidecar.core.message import Message, RequestId, Shape
 from sidecar.core.review import Seen
+from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Memory, Snapshot, scope
 
@@ -30,6 +31,17 @@ def note(seen: Seen, exchange: Exchange, memory: Memory) -> None:
         exchange.result_bytes, exchange.result_sha256 = len(seen.data), sha256(seen.data).hexdigest()
         exchange.error_code, exchange.tool_failed = seen.error_code, seen.tool_failed
         exchange.refusal = seen.refusal
+
+
+def open_endpoint(endpoint: str, exchange: Exchange, memory: Memory) -> None:
+    """Make *endpoint* the session of the stream that *exchange* opened (2024-11-05); raises Refusal(UPSTREAM)."""
+    principal = exchange.principal
+    assert principal is not None  # noqa: S101 - the stream was admitted
+    known = memory.sessions.opened.get(endpoint)
+    if known is not None and known.owner != principal.key:
+        raise Refusal(Reason.UPSTREAM, "the server's stream cannot be used", detail="its endpoint is another's")
+    exchange.session_id = endpoint
+    memory.sessions.open(endpoint, principal, exchange.agent)
 
 
 def is_answer(exchange: Exchange, request_id: RequestId) -> bool:

@@ -1,8 +1,7 @@
-"""Remembers what the server gave to whom: tasks, and the endpoints of 2024-11-05.
+"""Remembers which task the server gave to whom.
 
 A name is worth something only to the principal that it was given to; an unknown one and another's are not told apart,
-because the difference would tell a guesser which exist. Stores names, nothing else. MCP 2025-11-25, tasks, security;
-MCP 2024-11-05, transports.
+because the difference would tell a guesser which exist. Stores names, nothing else. MCP 2025-11-25, tasks, security.
 """
 
 from dataclasses import dataclass, field
@@ -51,8 +50,3 @@ class Owned:
 def tasks() -> Owned:
     """Return the memory of task ids."""
     return Owned(reason=Reason.UNKNOWN_TASK, public="task not found")
-
-
-def endpoints() -> Owned:
-    """Return the memory of the endpoints, path and query, that streams of 2024-11-05 announced."""
-    return Owned(reason=Reason.NOT_FOUND, public="this endpoint is not open")

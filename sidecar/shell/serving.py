@@ -1,7 +1,7 @@
 """What all inbound connections share: the snapshot in force, the memory, the way to the server, the observers.
 
 Hands a message to the server only by way of the pipeline. A request whose token names a key that is not known yet
-waits for one look at the provider, and is then judged afresh.
+waits for one look at the provider, and is then judged afresh; so does one whose token only the provider understands.
 """
 
 import logging
@@ -13,17 +13,19 @@ from typing import Any, Protocol
 from sidecar.core import trace
 from sidecar.core.answer import Answer
 from sidecar.core.authorise import Engine
-from sidecar.core.connection import Connection
+from sidecar.core.connection import Connection, Headers
 from sidecar.core.filters import Reader
-from sidecar.core.identity import UnknownKey
+from sidecar.core.identity import UnknownToken, Unresolved
+from sidecar.core.limits import Admission
 from sidecar.core.message import Message, Shape
+from sidecar.core.profile import Identity, Server
 from sidecar.core.replies import Response
 from sidecar.core.review import Seen
 from sidecar.core.workload import HEADER
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Batch, Memory, Observer, Snapshot, judge, preflight, release, remember
-from sidecar.return_path import judge_ask, note
+from sidecar.pipeline import Batch, Memory, Observer, Snapshot, answered, judge, release, remember
+from sidecar.return_path import judge_ask, note, open_endpoint
 from sidecar.shell import tracing
 from sidecar.shell.streams import Stream
 from sidecar.shell.upstream import Call, Sink
@@ -57,6 +59,22 @@ class Requester(Sink, Protocol):
         ...
 
 
+class CredentialsSource(Protocol):
+    """Says what the server gets of the user (sidecar/shell/credentials.py)."""
+
+    def at_hand(self, exchange: Exchange, identity: Identity, server: Server) -> Headers | None:
+        """Return the header fields for an admitted call; None when they must be fetched. Raises Refusal."""
+        ...
+
+    async def fetch(self, exchange: Exchange, identity: Identity) -> Headers:
+        """Return the header fields that had to be fetched; raises Refusal."""
+        ...
+
+
+def _fault() -> Refusal:
+    return Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log")
+
+
 class Serving:
     """Owned by sidecar/shell/app.py, which sets `snapshot`; mutated by the inbound connections."""
 
@@ -66,9 +84,11 @@ class Serving:
         upstream: Way,
         observers: Sequence[Observer],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
-        find_key: Callable[[UnknownKey], Coroutine[Any, Any, None]],
+        resolve: Callable[[Unresolved], Coroutine[Any, Any, Refusal | None]],
         why_not_ready: Callable[[], str | None],
+        credentials: CredentialsSource | None = None,
     ) -> None:
+        """*resolve* asks a provider; *credentials* None: the server learns nothing of the user."""
         self.snapshot: Snapshot | None = None
         self.memory = Memory()
         self.connections: set[Any] = set()
@@ -78,7 +98,8 @@ class Serving:
         self._upstream = upstream
         self._observers = tuple(observers)
         self._spawn = spawn
-        self._find_key = find_key
+        self._resolve = resolve
+        self._credentials = credentials
         self._why_not_ready = why_not_ready
 
     clock = staticmethod(time.monotonic)
@@ -127,19 +148,27 @@ class Serving:
         try:
             self._judge_and_send(exchange, requester)
         except Refusal as refusal:
-            if may_wait and isinstance(refusal, UnknownKey):
-                self._spawn(self._admit_with_new_keys(exchange, requester, refusal))
+            if may_wait and isinstance(refusal, Unresolved):
+                self._spawn(self._resolve_and_admit(exchange, requester, refusal))
             else:
                 self._refuse(exchange, requester, refusal)
         except Exception:
             # The last resort: a defect in judging must refuse, never pass and never hang.
             log.exception("judging failed")
-            self._refuse(exchange, requester, Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log"))
+            self._refuse(exchange, requester, _fault())
 
-    async def _admit_with_new_keys(self, exchange: Exchange, requester: Requester, missing: UnknownKey) -> None:
-        await self._find_key(missing)  # never raises: without the key the second judgement refuses
-        if not requester.is_over:  # the client may have gone while we waited
-            self._admit(exchange, requester, may_wait=False)
+    async def _resolve_and_admit(self, exchange: Exchange, requester: Requester, missing: Unresolved) -> None:
+        refusal = await self._resolve(missing)  # never raises: without an answer the second judgement refuses
+        if requester.is_over:  # the client may have gone while we waited
+            return
+        if refusal is not None:
+            self._refuse(exchange, requester, refusal)
+            return
+        # What was learnt is gone when keys or rules changed meanwhile.
+        is_stale = isinstance(missing, UnknownToken) and (
+            self.snapshot is None or self.snapshot.trust is not missing.trusted
+        )
+        self._admit(exchange, requester, may_wait=is_stale)
 
     def _judge_and_send(self, exchange: Exchange, requester: Requester) -> None:
         snapshot, why = self.snapshot, self._why_not_ready()
@@ -147,8 +176,9 @@ class Serving:
             raise Refusal(
                 Reason.NOT_READY, "not ready to judge calls", detail=why or "no bundle", retry_after_s=NOT_READY_RETRY_S
             )
-        if exchange.connection.method == "OPTIONS":
-            requester.respond(preflight(exchange.connection, snapshot))
+        own = answered(exchange.connection, snapshot)
+        if own is not None:
+            requester.respond(own)
             return
         found = judge(exchange, snapshot, self.memory, now_s=time.time(), clock_s=time.monotonic(), begin=self.begin)
         exchange.judged_s = time.monotonic() - exchange.clock_s
@@ -162,6 +192,42 @@ class Serving:
                 return
         else:
             admission = found
+        exchanges = found.exchanges if isinstance(found, Batch) else (exchange,)
+        if self._credentials is not None:
+            profile = snapshot.profile
+            credentials = self._credentials.at_hand(exchange, profile.identity, profile.server)
+            if credentials is None:
+                self._spawn(self._fetch_and_send(admission, exchanges, requester, profile.identity))
+                return
+            exchange.credentials = credentials
+        self._send(admission, exchange, requester)
+
+    async def _fetch_and_send(
+        self, admission: Admission, exchanges: Sequence[Exchange], requester: Requester, identity: Identity
+    ) -> None:
+        """Send what was admitted once there is what the server gets of the user; refuse without."""
+        first = exchanges[0]
+        try:
+            assert self._credentials is not None  # noqa: S101 - it asked for this
+            first.credentials = await self._credentials.fetch(first, identity)
+            if not requester.is_over:  # the client may have gone while we waited
+                self._send(admission, first, requester)
+        except Refusal as refusal:
+            self._not_sent(exchanges, requester, refusal)
+        except Exception:
+            # The last resort, as in `_admit`.
+            log.exception("fetching credentials failed")
+            self._not_sent(exchanges, requester, _fault())
+
+    def _not_sent(self, exchanges: Sequence[Exchange], requester: Requester, refusal: Refusal) -> None:
+        """Refuse what had been admitted: nothing of it reaches the server."""
+        if requester.is_over:
+            return
+        for each in exchanges:
+            each.refusal, each.admission = refusal, None
+        requester.refuse(refusal if len(exchanges) == 1 else None)
+
+    def _send(self, admission: Admission, exchange: Exchange, requester: Requester) -> None:
         stream = self._stream_of(exchange)
         if stream is not None:
             stream.expect(exchange)
@@ -201,9 +267,7 @@ class Serving:
     def open_stream(self, endpoint: str, exchange: Exchange, say: Callable[[bytes], None]) -> Stream:
         """Return the stream whose client is told to post to *endpoint*; raises Refusal(UPSTREAM) if that is another's."""
         assert exchange.principal is not None  # noqa: S101 - the stream was admitted
-        self.memory.endpoints.open(endpoint, exchange.principal)
-        if not self.memory.endpoints.owns(endpoint, exchange.principal):
-            raise Refusal(Reason.UPSTREAM, "the server's stream cannot be used", detail="its endpoint is another's")
+        open_endpoint(endpoint, exchange, self.memory)
         stream = self._streams[endpoint] = Stream(endpoint, exchange.principal, say)
         return stream
 
@@ -211,7 +275,7 @@ class Serving:
         """Know that *stream* is over, and with it what waited for an answer on it."""
         if self._streams.get(stream.endpoint) is stream:
             del self._streams[stream.endpoint]
-            self.memory.endpoints.close(stream.endpoint)
+            self.memory.sessions.close(stream.endpoint)
         for exchange in stream.end():
             exchange.aborted = "the stream ended"
             self._conclude(exchange)

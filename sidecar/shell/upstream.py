@@ -348,10 +348,11 @@ class Upstream:
 def _request(exchange: Exchange, authority: bytes, traceparent: bytes) -> bytes:
     connection = exchange.connection
     lines = [f"{connection.method} {connection.target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
-    in_session = exchange.session_id is not None
+    in_session = connection.values.get(b"mcp-session-id") == (exchange.session_id or "").encode("latin-1")
     lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers, in_session=in_session)]
     # identity: what cannot be read cannot be judged.
     lines += [b"accept-encoding: identity", b"traceparent: " + traceparent]
+    lines += [b"%b: %b" % pair for pair in exchange.credentials]
     if connection.body or connection.method == "POST":
         lines.append(b"content-length: %d" % len(connection.body))
     return b"\r\n".join([*lines, b"", connection.body])
@@ -361,7 +362,7 @@ def _reply(exchange: Exchange, authority: bytes, target: str, body: bytes) -> by
     """Return a POST with nothing of the client's but its session and revision: it is not the client who speaks."""
     lines = [f"POST {target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
     lines += [b"content-type: application/json", b"accept: application/json, text/event-stream"]
-    if exchange.session_id is not None:
+    if exchange.session_id is not None and target == exchange.connection.target:
         lines.append(b"mcp-session-id: " + exchange.session_id.encode("latin-1"))
     version = exchange.connection.values.get(b"mcp-protocol-version")
     if version is not None:

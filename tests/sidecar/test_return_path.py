@@ -12,7 +12,7 @@ from sidecar.core.review import Seen
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Memory, scope
-from sidecar.return_path import judge_ask, note
+from sidecar.return_path import judge_ask, note, open_endpoint
 from tests.builders import STREAM, a_permit, a_principal, a_snapshot, an_exchange
 from tests.fakes import FakeEngine, allowing
 
@@ -126,3 +126,25 @@ def test_an_ask_without_id_waits_for_nothing() -> None:
     judge_ask(an_exchange(), an_ask(None), under_way(), a_snapshot(allowing()), memory, clock_s=0)
 
     assert memory.asked.waiting == {}
+
+
+def test_an_endpoint_is_its_readers_session() -> None:
+    """What is asked and answered there belongs to it (2024-11-05)."""
+    memory, stream = Memory(), under_way(STREAM, session_id=None)
+    open_endpoint("/messages?s=1", stream, memory)
+
+    assert memory.sessions.require("/messages?s=1", a_principal())
+    assert stream.session_id == "/messages?s=1"
+
+
+def test_an_endpoint_of_another_cannot_be_had() -> None:
+    """A server without session ids serves one reader at a time; the same one may come again."""
+    memory, other = Memory(), under_way(STREAM)
+    other.principal = a_principal("bob")
+    open_endpoint("/messages", under_way(STREAM), memory)
+    open_endpoint("/messages", under_way(STREAM), memory)
+    with pytest.raises(Refusal) as caught:
+        open_endpoint("/messages", other, memory)
+
+    assert caught.value.reason is Reason.UPSTREAM
+    assert memory.sessions.require("/messages", a_principal())

@@ -3,19 +3,18 @@
 import pytest
 
 from sidecar.core import ownership
-from sidecar.core.ownership import MAX_NAME_CHARS, endpoints, tasks
+from sidecar.core.ownership import MAX_NAME_CHARS, tasks
 from sidecar.errors import Reason, Refusal
 from tests.builders import a_principal
 
 
 def test_the_owner_passes() -> None:
-    """And only in the kind that it was opened as."""
+    """Whenever it asks."""
     owned = tasks()
     owned.open("t", a_principal("alice"))
 
     owned.require("t", a_principal("alice"))
     assert owned.owns("t", a_principal("alice"))
-    assert not endpoints().owns("t", a_principal("alice"))
 
 
 @pytest.mark.parametrize(
@@ -41,14 +40,6 @@ def test_a_name_keeps_its_first_owner() -> None:
 
     assert owned.owns("t", a_principal("alice"))
     assert not owned.owns("t", a_principal("bob"))
-
-
-def test_an_endpoint_that_is_not_open_is_not_found() -> None:
-    """As HTTP says it."""
-    with pytest.raises(Refusal) as caught:
-        endpoints().require("/messages?sessionId=1", a_principal())
-
-    assert caught.value.reason is Reason.NOT_FOUND
 
 
 def test_a_closed_name_is_gone() -> None:
