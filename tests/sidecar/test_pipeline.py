@@ -1,9 +1,12 @@
 """sidecar.pipeline: the stages in their order, and what is known when each of them refuses."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import msgspec
 import pytest
 
+from certs.verify import Peer
 from sidecar.core.authorise import Verdict
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey
@@ -12,7 +15,7 @@ from sidecar.core.message import Shape
 from sidecar.core.profile import Identity, Limit, Provider
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import MAX_LABEL_CHARS, Memory, Snapshot, judge, remember
+from sidecar.pipeline import MAX_LABEL_CHARS, Batch, Memory, Snapshot, answered, judge, release, remember, scope
 from tests.builders import AGENT, NOW_S, a_call, a_connection, a_peer, a_request, a_snapshot, an_exchange
 from tests.fakes import FakeEngine, allowing
 
@@ -25,10 +28,11 @@ def judged(
     """Judge *connection*; return its record and how it ended."""
     exchange = an_exchange(connection)
     try:
-        admission = judge(exchange, snapshot or a_snapshot(allowing()), memory or Memory(), now_s=NOW_S, clock_s=0.0)
+        found = judge(exchange, snapshot or a_snapshot(allowing()), memory or Memory(), now_s=NOW_S, clock_s=0.0)
     except Refusal as refusal:
         return exchange, refusal
-    return exchange, admission
+    assert isinstance(found, Admission)
+    return exchange, found
 
 
 def refused(connection: Connection, snapshot: Snapshot | None = None, memory: Memory | None = None) -> Refusal:
@@ -335,3 +339,374 @@ def test_the_request_id_is_known_as_early_as_it_can_be() -> None:
     unread.refusal = refusal
 
     assert (read.request_id, unread.request_id, an_exchange().request_id) == ("r", "r", None)
+
+
+# 2026-07-28
+
+MODERN = "2026-07-28"
+META = {"io.modelcontextprotocol/protocolVersion": MODERN, "io.modelcontextprotocol/clientCapabilities": {}}
+
+
+def a_modern(
+    method: str = "tools/call",
+    *headers: tuple[bytes, bytes],
+    meta: Mapping[str, object] = META,
+    peer: Peer | None = None,
+    **params: object,
+) -> Connection:
+    """A request of 2026-07-28, with the headers that it must have."""
+    name = params.get("name", params.get("uri"))
+    named = [] if name is None else [(b"mcp-name", str(name).encode())]
+    repeated = [(b"mcp-protocol-version", MODERN.encode()), (b"mcp-method", method.encode()), *named]
+    return a_connection(a_request(method, {**params, "_meta": meta}), headers=[*repeated, *headers], peer=peer)
+
+
+def test_a_stateless_request_stands_alone() -> None:
+    """It names its client itself, and the id of a session means nothing, whoever's it is."""
+    memory = Memory()
+    opened(memory, connection=a_connection(INITIALIZE, peer=a_peer()))
+    client = {"io.modelcontextprotocol/clientInfo": {"name": "planner", "version": "2"}}
+    exchange, end = judged(
+        a_modern("tools/call", (b"mcp-session-id", b"s1"), meta={**META, **client}, name="x"), memory=memory
+    )
+
+    assert isinstance(end, Admission)
+    assert (exchange.session_id, end.permit.question.session_id) == (None, None)
+    assert (exchange.agent.client_name, exchange.agent.client_version) == ("planner", "2")
+    assert exchange.protocol_version == MODERN
+
+
+def test_headers_and_body_agree_before_any_policy_is_asked() -> None:
+    """The record knows the message by then."""
+    engine = allowing()
+    connection = a_connection(
+        a_request("tools/call", {"name": "x", "_meta": META}),
+        headers=[(b"mcp-protocol-version", MODERN.encode()), (b"mcp-method", b"tools/call"), (b"mcp-name", b"y")],
+    )
+    exchange, end = judged(connection, a_snapshot(engine))
+
+    assert isinstance(end, Refusal)
+    assert (end.reason, exchange.request_id, engine.asked) == (Reason.HEADER_MISMATCH, 7, [])
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_the_later_era_uses_post_only(method: str) -> None:
+    """Streams and sessions are of the older one."""
+    refusal = refused(a_connection(method=method, headers=[(b"mcp-protocol-version", MODERN.encode())]))
+
+    assert (refusal.reason, refusal.revision) == (Reason.METHOD_NOT_ALLOWED, MODERN)
+
+
+@pytest.mark.parametrize(("method", "version"), [("GET", b"x"), ("DELETE", b"2024-01-01"), ("POST", b"1.0")])
+def test_an_unknown_version_is_refused(method: str, version: bytes) -> None:
+    """Whatever is asked with it."""
+    body = a_call() if method == "POST" else b""
+    refusal = refused(a_connection(body, method=method, headers=[(b"mcp-protocol-version", version)]))
+
+    assert (refusal.reason, refusal.revision) == (Reason.UNSUPPORTED_VERSION, None)
+
+
+def test_a_version_given_twice_is_none() -> None:
+    """Servers differ in which of the two they take."""
+    headers = [(b"mcp-protocol-version", b"2025-06-18")] * 2
+
+    assert refused(a_connection(a_call(), headers=headers)).reason is Reason.MALFORMED
+
+
+def test_annotations_that_were_learned_are_held_against_the_headers() -> None:
+    """As the tool's schema has them."""
+    memory = Memory()
+    memory.param_headers.learn([("x", msgspec.Raw(b'{"inputSchema":{"properties":{"r":{"x-mcp-header":"R"}}}}'))])
+    call = a_modern("tools/call", (b"mcp-param-r", b"eu"), name="x", arguments={"r": "us"})
+
+    assert refused(call, memory=memory).reason is Reason.HEADER_MISMATCH
+    assert isinstance(judged(call)[1], Admission)
+
+
+# tasks
+
+
+@pytest.mark.parametrize("method", ["tasks/get", "tasks/result", "tasks/cancel", "tasks/update"])
+def test_a_task_belongs_to_whom_it_was_given(method: str) -> None:
+    """To others it does not exist."""
+    memory, mine = Memory(), a_peer()
+    exchange, _ = judged(a_connection(a_call(), peer=mine))
+    assert exchange.principal is not None
+    memory.tasks.open("t", exchange.principal)
+    body = a_request(method, {"taskId": "t"})
+
+    assert isinstance(judged(a_connection(body, peer=mine), memory=memory)[1], Admission)
+    assert refused(a_connection(body), memory=memory).reason is Reason.UNKNOWN_TASK
+    unknown = refused(a_connection(a_request(method, {"taskId": "u"}), peer=mine), memory=memory)
+    assert (unknown.reason, unknown.public) == (Reason.UNKNOWN_TASK, refused(a_connection(body), memory=memory).public)
+
+
+def test_a_subscription_names_ones_own_tasks() -> None:
+    """One that is not refuses them all."""
+    memory = Memory()
+    exchange, _ = judged(a_connection(a_call()))
+    assert exchange.principal is not None
+    memory.tasks.open("t", exchange.principal)
+
+    assert isinstance(
+        judged(a_modern("subscriptions/listen", notifications={"taskIds": ["t"]}), memory=memory)[1], Admission
+    )
+    refusal = refused(a_modern("subscriptions/listen", notifications={"taskIds": ["t", "u"]}), memory=memory)
+    assert refusal.reason is Reason.UNKNOWN_TASK
+
+
+# responses and cancellations
+
+ANSWER = b'{"jsonrpc":"2.0","id":7,"result":{}}'
+CANCEL = b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":7}}'
+
+
+def test_a_response_answers_what_was_asked_once() -> None:
+    """In its own session, by its own id."""
+    memory = Memory()
+    opened(memory)
+    memory.asked.add("session s1", 7)
+
+    assert refused(a_connection(ANSWER), memory=memory).reason is Reason.UNSOLICITED
+    assert refused(with_session(ANSWER.replace(b"7", b'"7"')), memory=memory).reason is Reason.UNSOLICITED
+    assert isinstance(judged(with_session(ANSWER), memory=memory)[1], Admission)
+    assert refused(with_session(ANSWER), memory=memory).reason is Reason.UNSOLICITED
+
+
+def test_a_response_outside_of_a_session_is_its_principals() -> None:
+    """Nobody else was asked."""
+    memory, mine = Memory(), a_peer()
+    exchange, _ = judged(a_connection(a_call(), peer=mine), memory=memory)
+    memory.asked.add(scope(exchange), 7)
+
+    assert refused(a_connection(ANSWER), memory=memory).reason is Reason.UNSOLICITED
+    assert isinstance(judged(a_connection(ANSWER, peer=mine), memory=memory)[1], Admission)
+
+
+def test_a_refused_response_leaves_the_question_open() -> None:
+    """Its limit may let it through later."""
+    memory = Memory()
+    opened(memory)
+    memory.asked.add("session s1", 7)
+    spent = a_snapshot(allowing(), limits=[Limit(name="l", rate_per_s=1e-6, burst=1, methods=("response", "ping"))])
+    judged(a_connection(a_request("ping")), spent, memory)
+
+    assert refused(with_session(ANSWER), spent, memory).reason is Reason.THROTTLED
+    assert isinstance(judged(with_session(ANSWER), memory=memory)[1], Admission)
+
+
+def test_a_cancellation_without_session_needs_a_request_under_way() -> None:
+    """Of the same principal, and only while it lasts."""
+    memory, mine = Memory(), a_peer()
+    cancel, foreign = a_connection(CANCEL, peer=mine), a_connection(CANCEL)
+    assert refused(cancel, memory=memory).reason is Reason.UNSOLICITED
+    call, _ = judged(a_connection(a_call(), peer=mine), memory=memory)
+
+    assert isinstance(judged(cancel, memory=memory)[1], Admission)
+    assert refused(foreign, memory=memory).reason is Reason.UNSOLICITED
+    release(call, memory)
+    assert refused(cancel, memory=memory).reason is Reason.UNSOLICITED
+
+
+def test_within_a_session_its_owner_may_cancel() -> None:
+    """The session is proof enough, and the server knows its requests."""
+    memory = Memory()
+    opened(memory)
+
+    assert isinstance(judged(with_session(CANCEL), memory=memory)[1], Admission)
+    assert refused(with_session(CANCEL, peer=a_peer()), memory=memory).reason is Reason.NOT_FOUND
+
+
+@pytest.mark.parametrize("request_id", [b"null", b"7.0", b"{}", b"[7]", b"true"])
+def test_a_cancellation_names_a_request(request_id: bytes) -> None:
+    """By an id as a request has one."""
+    memory = Memory()
+    judged(a_connection(a_call(request_id=1)), memory=memory)
+
+    assert refused(a_connection(CANCEL.replace(b"7", request_id)), memory=memory).reason is Reason.UNSOLICITED
+
+
+def test_nothing_is_left_of_calls_that_are_over() -> None:
+    """Admitted or refused, with a session or without."""
+    memory = Memory()
+    denying = a_snapshot(FakeEngine(verdict=Verdict(allowed=False)))
+    opened(memory)
+    for connection in (a_connection(a_call()), with_session(a_call()), a_connection(INITIALIZE), a_modern(name="x")):
+        for snapshot in (None, denying):
+            exchange, end = judged(connection, snapshot, memory)
+            if isinstance(end, Admission):
+                remember(exchange, 200, "s2", memory)
+            release(exchange, memory)
+
+    assert memory.calls.waiting == {}
+
+
+# batches
+
+
+def batched(
+    *bodies: bytes, snapshot: Snapshot | None = None, memory: Memory | None = None, session: str | None = None
+) -> Batch:
+    """Judge a batch of *bodies*."""
+    body = b"[" + b",".join(bodies) + b"]"
+    connection = a_connection(body) if session is None else with_session(body, session)
+    found = judge(
+        an_exchange(connection),
+        snapshot or a_snapshot(allowing()),
+        memory or Memory(),
+        now_s=NOW_S,
+        clock_s=0.0,
+        begin=an_exchange,
+    )
+    assert isinstance(found, Batch)
+    return found
+
+
+def reasons(batch: Batch) -> list[Reason | None]:
+    """Why each message of *batch* was refused."""
+    return [None if each.refusal is None else each.refusal.reason for each in batch.exchanges]
+
+
+def test_a_batch_is_sent_when_all_of_it_may_be() -> None:
+    """Each message has its own record, permit and admission; what is sent is the body that was judged."""
+    batch = batched(a_call("a", request_id=1), a_request("tools/list", request_id=2))
+
+    assert batch.admission is not None
+    assert reasons(batch) == [None, None]
+    assert [each.request_id for each in batch.exchanges] == [1, 2]
+    assert all(each.admission is not None and each.principal is not None for each in batch.exchanges)
+    assert batch.admission.permit.question.message.body == batch.exchanges[0].connection.body
+
+
+def test_one_refusal_keeps_all_of_a_batch_here() -> None:
+    """Each for its own reason; the others are told that they are innocent."""
+    batch = batched(
+        a_call("allowed", request_id=1),
+        a_call("other", request_id=2),
+        a_request("tools/destroy", request_id=3),
+        ANSWER,
+        snapshot=a_snapshot(allowing("allowed")),
+    )
+
+    assert batch.admission is None
+    assert reasons(batch) == [Reason.NOT_SENT, Reason.DENIED, Reason.UNKNOWN_METHOD, Reason.UNSOLICITED]
+    assert all(each.admission is None for each in batch.exchanges)
+
+
+def test_a_batch_that_is_not_sent_leaves_no_trace() -> None:
+    """No token is taken, no call is under way, no question counts as answered."""
+    memory = Memory()
+    opened(memory)
+    memory.asked.add("session s1", 7)
+    limit = Limit(name="l", rate_per_s=1e-6, burst=2, per=())
+    snapshot = a_snapshot(allowing(), limits=[limit])
+    calls = [a_call(request_id=number) for number in (1, 2, 3)]
+
+    assert reasons(batched(ANSWER, *calls, snapshot=snapshot, memory=memory, session="s1")) == [
+        Reason.NOT_SENT,
+        Reason.NOT_SENT,
+        Reason.NOT_SENT,
+        Reason.THROTTLED,
+    ]
+    assert reasons(batched(*calls, snapshot=snapshot, memory=memory))[-1] is Reason.THROTTLED
+    assert memory.calls.waiting == {}
+    assert batched(ANSWER, *calls[:2], snapshot=snapshot, memory=memory, session="s1").admission is not None
+
+
+def test_a_batch_in_anothers_session_is_refused_as_http_has_it() -> None:
+    """Once, for all of its messages."""
+    with pytest.raises(Refusal) as caught:
+        batched(a_call(), session="stolen")
+
+    assert caught.value.reason is Reason.NOT_FOUND
+
+
+def test_where_nobody_can_take_the_parts_a_batch_is_refused() -> None:
+    """A shell that answers single messages only."""
+    assert "batch" in refused(a_connection(b"[" + a_call() + b"]")).public
+
+
+def test_a_batch_of_one_is_a_batch() -> None:
+    """Its answer is an array."""
+    assert len(batched(a_call()).exchanges) == 1
+
+
+# preflights
+
+
+def test_a_preflight_needs_no_identity() -> None:
+    """Browsers send none with it, and it reaches nobody."""
+    strict = a_snapshot(allowing(), identity=Identity(), origins=["https://app.test"])
+    headers = [(b"origin", b"https://app.test"), (b"access-control-request-method", b"POST")]
+    response = answered(a_connection(method="OPTIONS", headers=headers), strict)
+
+    assert response is not None
+    assert (b"access-control-allow-origin", b"https://app.test") in response.headers
+    assert answered(a_connection(a_call()), strict) is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ([], Reason.METHOD_NOT_ALLOWED),
+        ([(b"origin", b"https://evil.test")], Reason.FORBIDDEN_CALLER),
+        ([(b"origin", b"null")], Reason.FORBIDDEN_CALLER),
+    ],
+)
+def test_other_preflights_are_refused(headers: list[tuple[bytes, bytes]], reason: Reason) -> None:
+    """By a page that may not call, or by nobody's page."""
+    with pytest.raises(Refusal) as caught:
+        answered(a_connection(method="OPTIONS", headers=headers), a_snapshot(allowing(), origins=["https://app.test"]))
+
+    assert caught.value.reason is reason
+
+
+def test_a_listed_page_may_call() -> None:
+    """And none that is served under another name."""
+    snapshot = a_snapshot(allowing(), origins=["https://app.test"])
+    call = a_connection(a_call(), headers=[(b"origin", b"https://app.test")])
+
+    assert isinstance(judged(call, snapshot)[1], Admission)
+    assert refused(call).reason is Reason.FORBIDDEN_CALLER
+
+
+# 2024-11-05
+
+
+def posted(query: str, body: bytes = b"", *headers: tuple[bytes, bytes], peer: Peer | None = None) -> Connection:
+    """A POST to an endpoint of the old transport."""
+    return a_connection(body or a_call(), path="/messages", query=query, headers=headers, peer=peer)
+
+
+def an_old_snapshot() -> Snapshot:
+    """A server of HTTP+SSE."""
+    return a_snapshot(allowing(), transport="sse", paths=("/sse",))
+
+
+def test_clients_of_the_old_transport_post_where_they_were_told() -> None:
+    """Exactly there, and nobody but the reader of the stream that said so."""
+    memory, snapshot, mine = Memory(), an_old_snapshot(), a_peer()
+    stream, end = judged(a_connection(method="GET", path="/sse", peer=mine), snapshot, memory)
+    assert isinstance(end, Admission)
+    assert stream.principal is not None
+    memory.sessions.open("/messages?session=1", stream.principal, stream.agent)
+    exchange, end = judged(posted("session=1", peer=mine), snapshot, memory)
+
+    assert isinstance(end, Admission)
+    assert exchange.message is not None
+    assert exchange.message.revision == "2024-11-05"
+    for other in (posted("session=1"), posted("session=2", peer=mine), posted("", peer=mine)):
+        assert refused(other, snapshot, memory).reason is Reason.NOT_FOUND
+
+
+def test_the_old_transport_has_neither_batches_nor_delete() -> None:
+    """Whatever revision the header names."""
+    memory, snapshot = Memory(), an_old_snapshot()
+    stream, _ = judged(a_connection(method="GET", path="/sse"), snapshot, memory)
+    assert stream.principal is not None
+    memory.sessions.open("/messages?s", stream.principal, stream.agent)
+    version = (b"mcp-protocol-version", b"2025-03-26")
+
+    assert "batch" in refused(posted("s", b"[" + a_call() + b"]", version), snapshot, memory).public
+    assert refused(a_connection(method="DELETE", path="/sse"), snapshot, memory).reason is Reason.METHOD_NOT_ALLOWED
+    assert refused(a_connection(method="GET", path="/messages"), snapshot, memory).reason is Reason.NOT_FOUND
