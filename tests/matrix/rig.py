@@ -107,10 +107,17 @@ class Place:
         """The MCP endpoint."""
         return f"http://127.0.0.1:{self.port}/mcp"
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What is written so far; an unfinished line is not."""
-        text = self.written.read_bytes() if self.written.exists() else b""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    def size_bytes(self) -> int:
+        """How much is written so far."""
+        return self.written.stat().st_size if self.written.exists() else 0
+
+    def lines(self, start_bytes: int = 0) -> list[dict[str, Any]]:
+        """What is written so far, from *start_bytes* on; an unfinished line is not."""
+        if not self.written.exists():
+            return []
+        with self.written.open("rb") as file:
+            file.seek(start_bytes)
+            return [json.loads(line) for line in file if line.endswith(b"\n")]
 
 
 @asynccontextmanager
