@@ -5,7 +5,7 @@ The server is a real socket with a script behind it; the sidecar is the real Lis
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,9 @@ from sidecar.exchange import Exchange
 from sidecar.pipeline import Snapshot
 from sidecar.shell.listener import Listener
 from sidecar.shell.serving import Serving
+from sidecar.shell.stdio import Stdio
 from sidecar.shell.upstream import Upstream
+from sidecar.shell.ways import Ways
 
 PATIENCE_S = 30.0  # for what happens at once on an idle machine; a failing test waits, no other does
 
@@ -257,8 +259,12 @@ async def a_path(
     capture: Capture = Capture.LISTEN,
     tls: ssl.SSLContext | None = None,
     max_connections: int = 64,
+    make_stdio: Callable[[Callable[[Coroutine[Any, Any, None]], object]], Stdio] | None = None,
 ) -> AsyncIterator[Path]:
-    """Run the real inbound path with *snapshot*; a key that is missing is found when the test sets `key_found`."""
+    """Run the real inbound path with *snapshot*; a key that is missing is found when the test sets `key_found`.
+
+    *make_stdio* is given what starts coroutines, and makes the way to a server that the profile says speaks stdio.
+    """
     observer = FakeObserver()
     missing: list[UnknownKey] = []
     refused_ports: list[tuple[str, int]] = []
@@ -270,11 +276,12 @@ async def a_path(
 
     async with asyncio.TaskGroup() as tasks:
         upstream = Upstream("127.0.0.1", tasks.create_task)
+        stdio = None if make_stdio is None else make_stdio(tasks.create_task)
         serving = Serving(
-            upstream=upstream,
+            upstream=upstream if stdio is None else Ways(http=upstream, stdio=stdio),
             observers=[observer],
             spawn=tasks.create_task,
-            find_key=find_key,
+            resolve=find_key,
             why_not_ready=why_not_ready,
         )
         serving.snapshot = snapshot
@@ -298,4 +305,6 @@ async def a_path(
                 connection.abort()
             await eventually(lambda: not serving.connections, what="the sidecar's connections to be closed")
             upstream.close()
+            if stdio is not None:
+                await stdio.close()
             assert serving.in_flight == 0

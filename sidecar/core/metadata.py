@@ -51,7 +51,7 @@ def answer(connection: Connection, profile: Profile) -> Response | None:
         return None
     if connection.method == "OPTIONS":
         return Response(status=204, headers=CORS, body=b"")
-    if connection.method not in ("GET", "HEAD"):
+    if connection.method != "GET":
         return None
     return Response(status=200, headers=((b"content-type", b"application/json"), *CORS), body=document(profile))
 

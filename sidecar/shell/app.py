@@ -7,7 +7,6 @@ told by readiness and met by refusing calls, never by exiting: a restart heals n
 import asyncio
 import gc
 import logging
-import resource
 import signal
 import time
 from collections.abc import Mapping
@@ -18,20 +17,24 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
-from certs.errors import PeerReason
+from certs.errors import PeerReason, WorkloadApiError, WorkloadReason
 from certs.statement import sign
 from sidecar.config import Settings
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
+from sidecar.core.identity import UnknownToken, Unresolved
 from sidecar.errors import Reason, Refusal
 from sidecar.shell import logs
 from sidecar.shell.audit import Audit
 from sidecar.shell.bundles import BundleSource
+from sidecar.shell.credentials import Credentials, Signer
 from sidecar.shell.health import Health, decode_probes
 from sidecar.shell.lifetimes import Lifetimes
 from sidecar.shell.listener import Listener
 from sidecar.shell.metrics import Metrics
+from sidecar.shell.oauth import OAuthClient
 from sidecar.shell.providers import Providers
+from sidecar.shell.secrecy import forbid_dumps
 from sidecar.shell.serving import Serving
 from sidecar.shell.snapshot import Snapshots
 from sidecar.shell.svid import WorkloadIdentity
@@ -54,7 +57,7 @@ class App:
     def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
         logs.configure(self._settings.log_level)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and tokens
+        forbid_dumps()
         uvloop.run(self.serve())
 
     async def serve(self, listening: "asyncio.Future[tuple[int, int]] | None" = None) -> None:
@@ -69,13 +72,16 @@ class App:
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
             self._tracing = Tracing(session, endpoint=settings.otlp_endpoint)
             self._providers = Providers(session, self._keys_changed)
+            self._oauth = OAuthClient(session, self._svid_token if settings.spiffe_socket else None)
+            self._signer = Signer()
             upstream = Upstream(settings.upstream_host, tasks.create_task)
             self._serving = Serving(
                 upstream=upstream,
                 observers=(self._audit, self._metrics, self._tracing),
                 spawn=tasks.create_task,
-                find_key=self._providers.find,
+                resolve=self._resolve,
                 why_not_ready=self._why_not_ready,
+                credentials=Credentials(self._oauth, self._signer),
             )
             hosts = frozenset(each.strip().lower() for each in settings.hosts.split(",") if each.strip())
             self._snapshots = Snapshots(self._serving, hosts=hosts, work_dir=settings.bundle_dir or None)
@@ -164,11 +170,24 @@ class App:
     async def _activate(self, bundle: Bundle) -> None:
         await self._snapshots.activate(bundle)
         self._tracing.use_endpoint(bundle.profile.telemetry.otlp_endpoint)
-        self._providers.use(bundle.profile.identity.providers)
+        self._providers.use(bundle.profile.identity.providers)  # which flushes what the providers before had said
         if bundle.profile.identity.jwt_svid == "allowed" and self._identity is not None:
             self._identity.want_tokens()
 
+    async def _resolve(self, missing: Unresolved) -> Refusal | None:
+        """Ask the provider; return the refusal to give when it does not answer."""
+        if isinstance(missing, UnknownToken):
+            return await self._oauth.introspect(missing)
+        await self._providers.find(missing)
+        return None
+
+    async def _svid_token(self, audience: str) -> str:
+        if self._identity is None:
+            raise WorkloadApiError(WorkloadReason.NO_IDENTITY, "there is no workload identity here")
+        return await self._identity.token(audience)
+
     def _keys_changed(self) -> None:
+        self._oauth.flush()  # a key that was withdrawn may have signed what was exchanged
         self._snapshots.use_keys(self._providers.keys)
 
     def _handshake_refused(self, reason: PeerReason, serial: int | None) -> None:
@@ -200,12 +219,19 @@ class App:
             probes=self._probes,
             conditions=self.conditions,
             render_metrics=self._render_metrics,
+            jwks=self._jwks,
         )
         runner = web.AppRunner(health.application(), access_log=None)
         await runner.setup()
         host = None if self._settings.health_host == "::" else self._settings.health_host
         await web.TCPSite(runner, host, self._settings.health_port).start()
         return runner
+
+    def _jwks(self) -> Mapping[str, Any] | None:
+        """Return the key of our identity headers, where the profile has any."""
+        snapshot = self._serving.snapshot
+        is_used = snapshot is not None and snapshot.profile.identity.upstream == "header"
+        return self._signer.jwks if is_used else None
 
     def _render_metrics(self) -> str:
         snapshot, current = self._serving.snapshot, None if self._identity is None else self._identity.source.current

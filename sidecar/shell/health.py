@@ -1,4 +1,4 @@
-"""Health, metrics, and the kubelet's probes of the application, on a port of their own.
+"""Health, metrics, the kubelet's probes of the application, and the public key of identity headers, on a port of their own.
 
 Answers nothing else: it is open to the whole pod network. The application's probes are those that the webhook recorded
 at admission, never a path from the request. Kubernetes probes: KEP-753 (a native sidecar's startup probe gates the
@@ -7,7 +7,7 @@ application), KEP-2727 (gRPC).
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 import msgspec
@@ -62,11 +62,13 @@ class Health:
         probes: Probes,
         conditions: Callable[[], Mapping[str, str]],
         render_metrics: Callable[[], str],
+        jwks: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> None:
         self._upstream_host = upstream_host
         self._probes = probes
         self._conditions = conditions
         self._render_metrics = render_metrics
+        self._jwks = jwks
         self._started = False
 
     def application(self) -> web.Application:
@@ -76,6 +78,7 @@ class Health:
         application.router.add_get("/startupz", self._startup)
         application.router.add_get("/readyz", self._ready)
         application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/identity/jwks.json", self._identity_keys)
         application.router.add_get("/app-health/{container}/{kind}", self._app_health)
         return application
 
@@ -96,6 +99,11 @@ class Health:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(text=self._render_metrics(), content_type="text/plain", charset="utf-8")
+
+    async def _identity_keys(self, _: web.Request) -> web.Response:
+        """The public keys by which the server behind us verifies `Sidegate-Identity`; 404 where it gets none."""
+        keys = self._jwks()
+        return web.Response(status=404) if keys is None else web.json_response(keys)
 
     async def _app_health(self, request: web.Request) -> web.Response:
         probe = self._probes.get(request.match_info["container"], {}).get(request.match_info["kind"])

@@ -16,7 +16,7 @@ import aiohttp
 import jwt
 import msgspec
 
-from sidecar.core.identity import Keys, UnknownKey
+from sidecar.core.identity import Keys, Unresolved
 from sidecar.core.jwk import verifying_key
 from sidecar.core.profile import Provider
 from sidecar.shell.discovery import ProviderError, discover, fetch, protected
@@ -102,7 +102,7 @@ class Providers:
             except TimeoutError:
                 continue
 
-    async def find(self, missing: UnknownKey) -> None:
+    async def find(self, missing: Unresolved) -> None:
         """Look for a key that a token names, unless that was done a moment ago."""
         source = self._sources.get(missing.provider.issuer)
         if source is None:

@@ -6,6 +6,7 @@ verified tokens.
 
 import asyncio
 import logging
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Final
 
 from sidecar.core.authorise import Engine
 from sidecar.core.bundle import Bundle
+from sidecar.core.dpop import Proofs
 from sidecar.core.engines import engines
 from sidecar.core.identity import Keys, trust
 from sidecar.core.workload import WorkloadTokens
@@ -37,6 +39,7 @@ class Snapshots:
         self._engines: tuple[Engine, ...] = ()
         self._keys: Keys = {}
         self._tokens: WorkloadTokens | None = None
+        self._proofs = Proofs(nonce_key=secrets.token_bytes(32))
 
     async def activate(self, bundle: Bundle) -> None:
         """Put *bundle* in force; raises BundleError, and then the one before stays in force."""
@@ -63,7 +66,7 @@ class Snapshots:
             profile=profile,
             revision=self._bundle.revision,
             engines=self._engines,
-            trust=trust(profile.identity, self._keys, self._tokens),
+            trust=trust(profile.identity, self._keys, self._tokens, self._proofs),
             hosts=self._hosts.union(profile.server.hosts),  # each says under which names we are known
         )
 

@@ -7,8 +7,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from certs.errors import BadCertificate, CertsError, PeerReason
+from certs.errors import BadCertificate, CertsError, PeerReason, WorkloadApiError, WorkloadReason
 from certs.jwt_bundles import JwtBundleSource
+from certs.jwt_svid import JwtSvidSource
 from certs.jwt_verify import JwtBundles
 from certs.spiffe import SpiffeId
 from certs.svid import X509Snapshot
@@ -37,6 +38,7 @@ class WorkloadIdentity:
             chosen = SpiffeId.parse(settings.spiffe_id) if settings.spiffe_id else None
             selection = Selection(spiffe_id=chosen, hint=settings.spiffe_hint or None)
             self.source = X509Source(settings.spiffe_socket, selection=selection)
+            self._own_tokens = JwtSvidSource(settings.spiffe_socket)
             self._keys = JwtBundleSource(settings.spiffe_socket, max_age_s=settings.jwt_bundle_max_age_s)
         except BadCertificate as error:
             raise ConfigError(f"no private key can be used here: {error}") from error
@@ -58,6 +60,13 @@ class WorkloadIdentity:
             await self._tokens_wanted.wait()
             self._keys.subscribe(self._keys_changed)
             tasks.create_task(self._keys.run())
+
+    async def token(self, audience: str) -> str:
+        """Return a JWT-SVID of ours for *audience*. Raises WorkloadApiError: the caller must then send nothing."""
+        own = self.own_id
+        if own is None:
+            raise WorkloadApiError(WorkloadReason.NO_IDENTITY, "no SVID yet, or no more")
+        return (await self._own_tokens.fetch(own, audience)).token
 
     def want_tokens(self) -> None:
         """Fetch the keys of JWT-SVIDs from now on: an attestation more, so only where the profile allows such tokens."""

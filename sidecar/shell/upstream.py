@@ -73,10 +73,22 @@ class Call:
             self.line.resume()
 
 
+class Pool(Protocol):
+    """Who owns lines."""
+
+    def keep(self, line: "Line") -> None:
+        """Take *line* back: its call is over, and another can be sent."""
+        ...
+
+    def forget(self, line: "Line") -> None:
+        """Drop *line*, which is closed."""
+        ...
+
+
 class Line(asyncio.Protocol):
     """One connection to the server; carries one call at a time."""
 
-    def __init__(self, pool: "Upstream") -> None:
+    def __init__(self, pool: "Pool") -> None:
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None

@@ -229,7 +229,7 @@ async def test_both_families_are_served_on_one_port() -> None:
             upstream=Upstream("127.0.0.1", tasks.create_task),
             observers=[],
             spawn=tasks.create_task,
-            find_key=lambda _: asyncio.sleep(0),
+            resolve=lambda _: asyncio.sleep(0),
             why_not_ready=lambda: None,
         )
         both = Listener(

@@ -63,7 +63,7 @@ class Bench:
             upstream=self.upstream,  # type: ignore[arg-type]
             observers=[self.observer],
             spawn=self.spawned.append,
-            find_key=self.find,
+            resolve=self.find,
             why_not_ready=lambda: self.why,
         )
         self.serving.snapshot = snapshot
