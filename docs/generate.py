@@ -11,9 +11,15 @@ import msgspec
 import sidecar.config
 import webhook.config
 from sidecar.core import profile
-from sidecar.core.message import NOTIFICATIONS, REQUESTS, Message, Shape
+from sidecar.core.agreement import ParamHeaders, check
+from sidecar.core.asks import ASKS, FOLLOW_UPS
+from sidecar.core.connection import Connection
+from sidecar.core.identity import trust
+from sidecar.core.message import NOTIFICATIONS, REQUESTS, Listing, Message, Shape, Subscription, Task, Tool
 from sidecar.core.replies import answer
+from sidecar.core.revision import CAPABILITIES, VERSION, Revision
 from sidecar.errors import Reason, Refusal
+from sidecar.pipeline import CANCELLED, Snapshot, read
 from webhook.core import annotations, quantity, resources
 
 REFERENCE: Final = Path(__file__).parent / "reference"
@@ -29,6 +35,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "custom-resources.md", _resources()
     yield "refusals.md", _refusals()
     yield "methods.md", _methods()
+    yield "revisions.md", _filled("revisions.md", taken=_taken(), denied=_denied())
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -130,34 +137,132 @@ def _type_name(kind: Any) -> str:
 
 def _refusals() -> str:
     rows = []
-    call = Message(shape=Shape.REQUEST, method="tools/call", id=1, params={})
     for reason in Reason:
-        response = answer(Refusal(reason, ""), call)
-        code = msgspec.json.decode(response.body)["error"]["code"]
-        rows.append((f"`{reason}`", str(response.status), str(code)))
+        shown = [
+            answer(Refusal(reason, ""), _call(revision)) for revision in (Revision.V2025_11_25, Revision.V2026_07_28)
+        ]
+        old, new = (f"{each.status} / {msgspec.json.decode(each.body)['error']['code']}" for each in shown)
+        rows.append((f"`{reason}`", old, "the same" if new == old else new))
     text = (
         "Every message that does not pass has one of these reasons: in the answer, the audit record, the metric and the log.\n"
-        "Status and code are those of a refused call; what could not be read at all is answered with HTTP 400.\n"
+        "HTTP status and JSON-RPC code are those of a refused call; what could not be read at all is answered with HTTP 400.\n"
     )
-    return f"{NOTE}# Refusals\n\n{text}\n{_table(('reason', 'HTTP status', 'JSON-RPC code'), rows)}"
+    return f"{NOTE}# Refusals\n\n{text}\n{_table(('reason', 'up to 2025-11-25', 'from 2026-07-28 on'), rows)}"
+
+
+def _call(revision: Revision) -> Message:
+    target = Tool(name="x", arguments={})
+    return Message(shape=Shape.REQUEST, method="tools/call", id=1, target=target, params={}, revision=revision)
+
+
+def _filled(name: str, **tables: str) -> str:
+    """Return the page *name*, which is written by hand, with its tables made anew."""
+    text = (REFERENCE / name).read_text()
+    for table, made in tables.items():
+        start, end = f"<!-- table: {table} -->\n", "<!-- end -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{made}{end}{rest.partition(end)[2]}"
+    return text
+
+
+def _taken() -> str:
+    """Return what of a client's messages is read in each revision, found out by reading them."""
+    rows = [(what, *(_read(revision, what) for revision in Revision)) for what in _SAMPLES]
+    return _table(("", *Revision), rows)
+
+
+# HTTP method, the messages of the body, and the headers that are left out or changed.
+_SAMPLES: Final[dict[str, tuple[str, tuple[str, ...], dict[bytes, bytes | None]]]] = {
+    "a request": ("POST", ("request",), {}),
+    "a batch": ("POST", ("request", "notification"), {}),
+    "a client's response": ("POST", ("response",), {}),
+    "GET": ("GET", (), {}),
+    "DELETE": ("DELETE", (), {}),
+    "a request without `Mcp-Method`": ("POST", ("request",), {b"mcp-method": None}),
+    "a request without `Mcp-Name`": ("POST", ("request",), {b"mcp-name": None}),
+    "a request whose `Mcp-Name` names another tool": ("POST", ("request",), {b"mcp-name": b"y"}),
+}
+
+
+def _read(revision: Revision, sample: str) -> str:
+    method, messages, changes = _SAMPLES[sample]
+    version = None if revision is Revision.V2024_11_05 else revision.encode()
+    headers = {b"mcp-protocol-version": version}
+    if messages == ("request",):
+        headers |= {b"mcp-method": b"tools/call", b"mcp-name": b"x"}
+    meta = {VERSION: str(revision), CAPABILITIES: {}} if revision.is_modern else {}
+    written = {
+        "request": {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "x", "_meta": meta}},
+        "notification": {"jsonrpc": "2.0", "method": "notifications/progress"},
+        "response": {"jsonrpc": "2.0", "id": 1, "result": {}},
+    }
+    body = [written[message] for message in messages]
+    connection = Connection(
+        peer=None,
+        client="",
+        method=method,
+        path="/mcp",
+        query="",
+        headers=[(name, value) for name, value in (headers | changes).items() if value is not None],
+        body=msgspec.json.encode(body[0] if len(body) == 1 else body) if body else b"",
+    )
+    transport: Any = "sse" if revision is Revision.V2024_11_05 else "http"
+    server = profile.Server(namespace="", workload="", name="", port=1, transport=transport)
+    snapshot = Snapshot(
+        profile=profile.Profile(server=server), revision="", engines=(), trust=trust(profile.Identity(), {})
+    )
+    found = None
+    try:
+        found = read(connection, snapshot)
+        if isinstance(found, Message):
+            check(connection, found, ParamHeaders())
+    except Refusal as refusal:
+        status = answer(refusal, found if isinstance(found, Message) else None).status
+        return f"`{refusal.reason}`, HTTP {status}"
+    return "read"
+
+
+def _denied() -> str:
+    """Return the body of a denied call of a tool, in each shape."""
+    rows = []
+    for shape in ("error", "tool_error", "conceal"):
+        for revision in (Revision.V2025_11_25, Revision.V2026_07_28):
+            response = answer(Refusal(Reason.DENIED, "policy does not allow …"), _call(revision), shape)
+            era = "from 2026-07-28 on" if revision.is_modern else "up to 2025-11-25"
+            rows.append((f"`{shape}`", era, str(response.status), f"`{response.body.decode()}`"))
+    return _table(("`denied`", "", "HTTP status", "body"), rows)
 
 
 def _methods() -> str:
     rows = [(f"`{method}`", _judged_on(method)) for method in REQUESTS]
-    rows += [(f"`{method}`", "nothing: passes from an identified caller") for method in sorted(NOTIFICATIONS)]
+    rows += [(f"`{method}`", WHOSE if method == CANCELLED else PASSES) for method in sorted(NOTIFICATIONS)]
+    rows.append(("a response", WHOSE))
+    asked = [(f"`{method}`", "policy, on the server: `input.method` is the method") for method in sorted(ASKS)]
+    asked += [(f"`{method}`", "nothing: reaches no more than what was asked before") for method in sorted(FOLLOW_UPS)]
     text = "What a client may send, and what it is authorised on. A method that is not here is refused.\n"
-    return f"{NOTE}# Methods\n\n{text}\n{_table(('method', 'authorised on'), rows)}"
+    more = "What a server may ask of a client. A method that is not here is refused towards the server.\n"
+    head = ("method", "authorised on")
+    return f"{NOTE}# Methods\n\n{text}\n{_table(head, rows)}\n{more}\n{_table(head, asked)}"
+
+
+PASSES: Final = "nothing: passes from an identified caller"
+WHOSE: Final = "whose request it is about"
 
 
 def _judged_on(method: str) -> str:
-    try:
-        target = REQUESTS[method]({"name": "x", "uri": "x", "ref": {"type": "ref/prompt", "name": "x"}})
-    except Refusal:  # pragma: no cover - every method takes these
-        return ""
-    if target is None:
-        return "nothing: passes from an identified caller"
-    name = type(target).__name__
-    return "each item of the answer" if name == "Listing" else name.lower()
+    if method == "completion/complete":
+        return "the prompt or resource whose values it asks for"
+    match REQUESTS[method]({"name": "x", "uri": "x", "taskId": "x"}):
+        case None:
+            return PASSES
+        case Listing():
+            return "each item of the answer"
+        case Task():
+            return "whose task it is"
+        case Subscription():
+            return "each resource that it names, as if it were read; whose tasks they are"
+        case target:
+            return type(target).__name__.lower()
 
 
 def main() -> int:
