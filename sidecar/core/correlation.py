@@ -87,11 +87,14 @@ class Own(Generic[C]):
     held: deque[bytes] = field(default_factory=deque)
     held_bytes: int = 0
 
-    def ask(self, caller: C, message: Message, scope: str) -> list[Action[C]]:
-        """Take a client's request; raises Refusal(MALFORMED) when one with its id is under way."""
-        assert message.id is not None  # noqa: S101 - a request has one
-        if message.id in self.waiting:  # neither answer could be told from the other's
+    def check(self, message: Message) -> None:
+        """Raise Refusal(MALFORMED) when a request with the message's id is under way: whose would the answer be?"""
+        if message.shape is Shape.REQUEST and message.id in self.waiting:
             raise Refusal(Reason.MALFORMED, "a request with this id is under way")
+
+    def ask(self, caller: C, message: Message, scope: str) -> list[Action[C]]:
+        """Take a client's request, which was checked."""
+        assert message.id is not None  # noqa: S101 - a request has one
         _make_room(self.waiting)
         self.waiting[message.id] = Waiting(caller=caller, message=message, scope=scope)
         return [Write(data=one_line(message.body)), *self._released(caller)]
@@ -163,6 +166,9 @@ class Common(Generic[C]):
     welcome: bytes | None = None  # the result of the first initialize
     joining: list[Waiting[C]] = field(default_factory=list)  # those that wait for it too
     is_initialized: bool = False
+
+    def check(self, message: Message) -> None:
+        """Pass: ids are made unique here."""
 
     def ask(self, caller: C, message: Message, scope: str) -> list[Action[C]]:
         """Take a client's request."""

@@ -96,10 +96,12 @@ class TestOwn:
     def test_a_second_request_with_the_same_id_is_refused(self) -> None:
         """Neither answer could be told from the other's."""
         own: Own[str] = Own()
+        own.check(a_message())
         own.ask("one", a_message(), "s")
+        own.check(a_message(request_id="1"))
 
         with pytest.raises(Refusal, match="under way"):
-            own.ask("two", a_message(), "s")
+            own.check(a_message())
 
     def test_progress_goes_to_the_request_with_its_token(self) -> None:
         """Whatever else is open."""
