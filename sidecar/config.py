@@ -109,6 +109,8 @@ class Settings:
     probes: str = setting_of(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
     drain_s: float = setting_of(number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip
     max_connections: float = setting_of(number(1, 100_000), "Inbound connections at a time; more wait in the kernel's queue.", default=1024.0)  # fmt: skip # noqa: E501
+    max_processes: float = setting_of(number(1, 512), "Processes of a stdio server at a time; who would need one more is told to come again.", default=64.0)  # fmt: skip # noqa: E501
+    process_idle_s: float = setting_of(number(1, 2**31), "Seconds after which an unused process of a stdio server ends, and its session with it.", default=1800.0)  # fmt: skip # noqa: E501
     log_level: LogLevel = setting_of(
         _one_of(LogLevel), "Least severe log record that is written.", default=LogLevel.INFO
     )

@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,9 +37,11 @@ from sidecar.shell.providers import Providers
 from sidecar.shell.secrecy import forbid_dumps
 from sidecar.shell.serving import Serving
 from sidecar.shell.snapshot import Snapshots
+from sidecar.shell.stdio import Stdio
 from sidecar.shell.svid import WorkloadIdentity
 from sidecar.shell.tracing import Tracing
 from sidecar.shell.upstream import Upstream
+from sidecar.shell.ways import Ways
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +49,15 @@ SHUTDOWN_STEP_S = 5.0  # for each thing that is closed at the end, drain apart
 
 
 class App:
-    """One sidecar. *bundle* is given outside a pod; inside, it is pulled from the control plane."""
+    """One sidecar. *bundle* is given outside a pod; inside, it is pulled from the control plane.
 
-    def __init__(self, settings: Settings, *, bundle: Bundle | None = None) -> None:
+    *command* starts a process of a stdio server; without one, the relay in the server's container does.
+    """
+
+    def __init__(self, settings: Settings, *, bundle: Bundle | None = None, command: Sequence[str] = ()) -> None:
         self._settings = settings
         self._bundle = bundle
+        self._command = command
         self._probes = decode_probes(settings.probes)
 
     def run(self) -> None:
@@ -75,8 +81,15 @@ class App:
             self._oauth = OAuthClient(session, self._svid_token if settings.spiffe_socket else None)
             self._signer = Signer()
             upstream = Upstream(settings.upstream_host, tasks.create_task)
+            stdio = Stdio(
+                settings.upstream_host,
+                tasks.create_task,
+                command=self._command,
+                max_processes=int(settings.max_processes),
+                idle_s=settings.process_idle_s,
+            )
             self._serving = Serving(
-                upstream=upstream,
+                upstream=Ways(http=upstream, stdio=stdio),
                 observers=(self._audit, self._metrics, self._tracing),
                 spawn=tasks.create_task,
                 resolve=self._resolve,
@@ -119,6 +132,7 @@ class App:
             await stop.wait()
             await self._drain(accepting)
             upstream.close()
+            await stdio.close()
             await self._tracing.flush()
             for task in background:
                 task.cancel()
