@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +33,22 @@ from tests.parts import ENVIRONMENT, part
 
 TABLE: Final = Path(__file__).with_name("servers.yaml")
 VERSION: Final = "2025-11-25"
+MODERN: Final = "2026-07-28"
 ANSWER_S: Final = 30.0
-LISTS: Final = (  # capability, method, what the result holds
-    ("tools", "tools/list", "tools"),
-    ("resources", "resources/list", "resources"),
-    ("resources", "resources/templates/list", "resourceTemplates"),
-    ("prompts", "prompts/list", "prompts"),
+LISTS: Final = (  # capability, method
+    ("tools", "tools/list"),
+    ("resources", "resources/list"),
+    ("resources", "resources/templates/list"),
+    ("prompts", "prompts/list"),
 )
 BROKEN: Final = "broken off"
+CLIENT: Final = {"name": "probe", "version": "1"}
 CAPABILITIES: Final = {"sampling": {}, "elicitation": {}, "roots": {}}
+ENVELOPE: Final = {  # no capabilities: what a server would ask instead of answering, it may seal anew each time
+    "io.modelcontextprotocol/protocolVersion": MODERN,
+    "io.modelcontextprotocol/clientInfo": CLIENT,
+    "io.modelcontextprotocol/clientCapabilities": {},
+}
 OURS: Final = ("cacheScope", "ttlMs")  # what one caller may see is not to be kept for another
 REPLIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "ping": {},
@@ -124,14 +131,17 @@ async def _logged(parameters: StdioServerParameters, log: Path) -> AsyncIterator
             yield streams
 
 
-def answers(server: Server, streams: AbstractAsyncContextManager[Any], home: Path) -> dict[str, str]:
+def answers(server: Server, connect: Callable[[], AbstractAsyncContextManager[Any]], home: Path) -> dict[str, str]:
     """Return, by what was asked, what came back: JSON text without what the table calls volatile.
 
+    First in the older era, then in the later one, which a server may not speak: then its refusal is the answer.
     A conversation that broke off has BROKEN among its keys.
     """
     given: dict[str, str] = {}
     try:
-        asyncio.run(_converse(server, streams, home, given))
+        asyncio.run(_converse(server, connect(), home, given, VERSION))
+        if server.transport != "sse":
+            asyncio.run(_converse(server, connect(), home, given, MODERN))
     except Exception as error:  # noqa: BLE001 - whatever the SDK raises, the conversation ends here
         given[BROKEN] = "; ".join(_causes(error))
     return given
@@ -146,56 +156,76 @@ def _causes(error: BaseException) -> Iterator[str]:
 
 
 async def _converse(
-    server: Server, streams: AbstractAsyncContextManager[Any], home: Path, given: dict[str, str]
+    server: Server, streams: AbstractAsyncContextManager[Any], home: Path, given: dict[str, str], version: str
 ) -> None:
     async with streams as (incoming, outgoing):
-        asker = Asker(incoming, outgoing)
-
-        async def ask(label: str, method: str, params: dict[str, Any]) -> dict[str, Any]:
-            answer, heard = await asker.ask(method, params)
-            for name in OURS:
-                answer.get("result", {}).pop(name, None)
-            text = json.dumps({"answer": answer, "heard": heard}, sort_keys=True, ensure_ascii=False)
-            for pattern in server.volatile:
-                text = re.sub(pattern, "…", text)
-            given[label] = text
-            result: dict[str, Any] = answer.get("result", {})
-            return result
-
-        client = {"name": "probe", "version": "1"}
-        hello = {"protocolVersion": VERSION, "capabilities": CAPABILITIES, "clientInfo": client}
-        opened = await ask("initialize", "initialize", hello)
-        asker.version = opened.get("protocolVersion", VERSION)
-        await asker.tell("notifications/initialized")
-        await ask("ping", "ping", {})
-        for capability, method, _ in LISTS:
-            if capability in opened.get("capabilities", {}):
-                cursor: dict[str, Any] = {}
-                for page in itertools.count(1):
-                    result = await ask(f"{method} page {page}", method, cursor)
-                    if "nextCursor" not in result:
-                        break
-                    cursor = {"cursor": result["nextCursor"]}
+        asker = Asker(incoming, outgoing, given, server.volatile)
+        capabilities = await (_discover(asker) if version == MODERN else _initialize(asker, version))
+        if capabilities is None:
+            return
+        for method in (method for capability, method in LISTS if capability in capabilities):
+            page: dict[str, Any] = {}
+            for number in itertools.count(1):
+                result = await asker.note(f"{version} {method} page {number}", method, page)
+                if "nextCursor" not in result:
+                    break
+                page = {"cursor": result["nextCursor"]}
         for number, (method, params) in enumerate(server.requests, 1):
             filled = json.loads(json.dumps(params).replace("{home}", str(home)))
-            await ask(f"{number} {method} {params.get('name') or params.get('uri') or ''}".strip(), method, filled)
-    given["what the server asked"] = json.dumps(sorted(asker.answered))  # on whichever stream, whenever
+            what = params.get("name") or params.get("uri") or ""
+            await asker.note(f"{version} {number} {method} {what}".strip(), method, filled)
+    given[f"{version} what the server asked"] = json.dumps(sorted(asker.answered))  # on whichever stream, whenever
+
+
+async def _initialize(asker: Asker, version: str) -> dict[str, Any]:
+    hello = {"protocolVersion": version, "capabilities": CAPABILITIES, "clientInfo": CLIENT}
+    opened = await asker.note(f"{version} initialize", "initialize", hello)
+    asker.version = opened.get("protocolVersion", version)
+    await asker.tell("notifications/initialized")
+    await asker.note(f"{version} ping", "ping", {})
+    capabilities: dict[str, Any] = opened.get("capabilities", {})
+    return capabilities
+
+
+async def _discover(asker: Asker) -> dict[str, Any] | None:
+    asker.version = MODERN
+    opened = await asker.note(f"{MODERN} server/discover", "server/discover", {})
+    return opened["capabilities"] if MODERN in opened.get("supportedVersions", ()) else None
 
 
 class Asker:
     """One client's side of a conversation."""
 
-    def __init__(self, incoming: Any, outgoing: Any) -> None:
+    def __init__(self, incoming: Any, outgoing: Any, given: dict[str, str], volatile: tuple[str, ...]) -> None:
         self.version: str | None = None
         self.answered: list[str] = []
+        self._given = given
+        self._volatile = volatile
         self._incoming = incoming
         self._outgoing = outgoing
         self._ids = itertools.count(1)
 
+    async def note(self, label: str, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Ask, and keep the answer as text under *label*; return the result, empty when there was an error."""
+        answer, heard = await self.ask(method, params)
+        for name in OURS:
+            answer.get("result", {}).pop(name, None)
+        text = json.dumps({"answer": answer, "heard": heard}, sort_keys=True, ensure_ascii=False)
+        for pattern in self._volatile:
+            text = re.sub(pattern, "…", text)
+        self._given[label] = text
+        result: dict[str, Any] = answer.get("result", {})
+        return result
+
     async def ask(self, method: str, params: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """Return the response's result or error, and the progress heard before it. Raises TimeoutError."""
+        headers = {}
+        if self.version == MODERN:
+            params = {**params, "_meta": {**params.get("_meta", {}), **ENVELOPE}}
+            name = params.get("uri") or params.get("name") or ""
+            headers = {"Mcp-Method": method, **({"Mcp-Name": name} if name else {})}
         request = types.JSONRPCRequest(jsonrpc="2.0", id=next(self._ids), method=method, params=params)
-        await self._send(request)
+        await self._send(request, headers)
         heard: list[Any] = []
         async with asyncio.timeout(ANSWER_S):
             async for item in self._incoming:
@@ -213,14 +243,16 @@ class Asker:
 
     async def tell(self, method: str) -> None:
         """Send a notification."""
-        await self._send(types.JSONRPCNotification(jsonrpc="2.0", method=method))
+        await self._send(types.JSONRPCNotification(jsonrpc="2.0", method=method), {})
 
     async def _reply(self, request: types.JSONRPCRequest) -> None:
         self.answered.append(f"{request.method} {json.dumps(request.params, sort_keys=True)}")
-        await self._send(types.JSONRPCResponse(jsonrpc="2.0", id=request.id, result=dict(REPLIES[request.method])))
+        result = dict(REPLIES[request.method])
+        await self._send(types.JSONRPCResponse(jsonrpc="2.0", id=request.id, result=result), {})
 
-    async def _send(self, message: types.JSONRPCMessage) -> None:
-        headers = {"MCP-Protocol-Version": self.version} if self.version else None
+    async def _send(self, message: types.JSONRPCMessage, headers: dict[str, str]) -> None:
+        if self.version:
+            headers = {"MCP-Protocol-Version": self.version, **headers}
         await self._outgoing.send(SessionMessage(message, metadata=ClientMessageMetadata(headers=headers)))
 
 
@@ -232,7 +264,7 @@ def direct(server: Server, home: Path, logs: Path) -> dict[str, str]:
         if server.transport != "stdio":
             stack.enter_context(serving(start, logs / "server.log"))
         url = f"http://127.0.0.1:{start.port}{server.path}"
-        return answers(server, transport(server.transport, url, start, logs / "stdio.log"), home)
+        return answers(server, lambda: transport(server.transport, url, start, logs / "stdio.log"), home)
 
 
 def through(server: Server, home: Path, logs: Path) -> dict[str, str]:
@@ -250,4 +282,4 @@ def through(server: Server, home: Path, logs: Path) -> dict[str, str]:
         front = stack.enter_context(sidecar(logs, *behind, transport=server.transport))
         url = f"http://127.0.0.1:{front}{server.path}"
         outside = "sse" if server.transport == "sse" else "http"
-        return answers(server, transport(outside, url, start, logs), home)
+        return answers(server, lambda: transport(outside, url, start, logs), home)
