@@ -258,20 +258,8 @@ class App:
         )
 
     async def _drain(self, accepting: "asyncio.Task[None]") -> None:
-        """Stop accepting, let calls finish, cut those that do not. Each step is logged with its duration."""
+        """Stop accepting, let calls finish and streams end; log how long it took, and how many connections were cut."""
         began_s = time.monotonic()
-        self._serving.draining = True
         accepting.cancel()
-        for connection in tuple(self._serving.connections):
-            connection.drain()
-        deadline_s = began_s + self._settings.drain_s
-        while self._serving.connections and time.monotonic() < deadline_s:
-            if not any(connection.is_busy for connection in self._serving.connections):
-                # Until then a stream may carry what a call needs: its progress, a question to the client.
-                for connection in tuple(self._serving.connections):
-                    connection.end_streams("drained")
-            await asyncio.sleep(0.05)
-        cut = len(self._serving.connections)
-        for connection in tuple(self._serving.connections):
-            connection.abort()
+        cut = await self._serving.drain(self._settings.drain_s)
         log.info("drained", extra={"seconds": round(time.monotonic() - began_s, 3), "cut": cut})

@@ -4,6 +4,7 @@ Hands a message to the server only by way of the pipeline. A request whose token
 waits for one look at the provider, and is then judged afresh; so does one whose token only the provider understands.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -33,6 +34,7 @@ from sidecar.shell.ways import Way
 
 log = logging.getLogger(__name__)
 
+DRAIN_STEP_S = 0.05
 NOT_READY_RETRY_S = 2  # a first bundle or SVID takes seconds
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 
@@ -329,6 +331,25 @@ class Serving:
         stream = self._stream_of(exchange)
         if stream is None or stream.settle(exchange):
             self._conclude(exchange)
+
+    async def drain(self, patience_s: float) -> int:
+        """Let calls finish, then end streams; cut what is left after *patience_s*, and return how many connections.
+
+        Until the last call is over, a stream may carry what it needs: its progress, a question to the client.
+        """
+        self.draining = True
+        for connection in tuple(self.connections):
+            connection.drain()
+        deadline_s = time.monotonic() + patience_s
+        while self.connections and time.monotonic() < deadline_s:
+            if not any(connection.is_busy for connection in self.connections):
+                for connection in tuple(self.connections):
+                    connection.end_streams("drained")
+            await asyncio.sleep(DRAIN_STEP_S)
+        left = tuple(self.connections)
+        for connection in left:
+            connection.abort()
+        return len(left)
 
     def forget(self, exchange: Exchange) -> None:
         """Drop the record of what was no message."""
