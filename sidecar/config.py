@@ -15,6 +15,7 @@ from sidecar.errors import ConfigError
 INBOUND_PORT: Final = 15443
 HEALTH_PORT: Final = 15020
 EGRESS_PORT: Final = 15001
+STDIO_PORT: Final = 15010  # of the relay in a stdio server's container, on loopback, unless the profile names another
 USER_ID: Final = 15100  # refused for application containers: they could read the sidecar's memory and files
 PREFIX: Final = "SIDEGATE_"
 # Kubernetes' own variables for a Service whose name begins with `sidegate`: a tenant's Service must not stop a pod.

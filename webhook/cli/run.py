@@ -1,8 +1,12 @@
-"""`sidegate run`: the sidecar outside a pod, in front of a local MCP server; same code, policies from a directory."""
+"""`sidegate run`: the sidecar outside a pod, in front of a local MCP server; same code, policies from a directory.
+
+The server is one that listens (--upstream), or a stdio server that is started here (-- COMMAND).
+"""
 
 import argparse
 import asyncio
 import ipaddress
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +19,7 @@ import msgspec
 from certs.errors import WorkloadApiError
 from certs.spiffe import SpiffePattern
 from certs.workload import socket_path
-from sidecar.config import Capture, LogLevel, Settings
+from sidecar.config import STDIO_PORT, Capture, LogLevel, Settings
 from sidecar.core.bundle import PROFILE, Bundle, decode, public_keys, revision
 from sidecar.core.profile import Identity, Limit, Profile, Provider, Server
 from sidecar.core.profile import decode as decode_profile
@@ -43,7 +47,10 @@ def add_to(verbs: Any) -> None:
     parser = verbs.add_parser("run", help="govern a local MCP server", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--listen", default=DEFAULT_LISTEN, metavar="ADDRESS:PORT", help=f"where callers connect (default {DEFAULT_LISTEN})")  # fmt: skip # noqa: E501
     parser.add_argument("--health", default="127.0.0.1:0", metavar="ADDRESS:PORT", help="health and metrics (default: a free port)")  # fmt: skip # noqa: E501
-    parser.add_argument("--upstream", required=True, metavar="URL", help="the MCP endpoint to govern, http only")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="behind --: a stdio server to start and govern, and its arguments")  # fmt: skip # noqa: E501
+    parser.add_argument("--upstream", metavar="URL", help="the MCP endpoint to govern, http only; or else a COMMAND")
+    parser.add_argument("--processes", choices=("session", "shared"), help="of COMMAND: one for each session (default), or one for all")  # fmt: skip # noqa: E501
+    parser.add_argument("--host", action="append", default=[], metavar="NAME[:PORT]", help="a name under which callers know this server, besides the address of --listen and localhost")  # fmt: skip # noqa: E501
     parser.add_argument("--policy", required=True, type=Path, metavar="DIR|BUNDLE", help="a directory of .cedar and .rego files, or a signed bundle (.tar.gz)")  # fmt: skip # noqa: E501
     parser.add_argument("--key", type=Path, metavar="PEM", help="public keys one of which signed BUNDLE")
     parser.add_argument("--opa", default="opa", metavar="PATH", help="the opa binary that compiles .rego (default: opa on the PATH)")  # fmt: skip # noqa: E501
@@ -63,7 +70,7 @@ def perform(options: argparse.Namespace) -> int:
     """Run until a signal; return the exit status."""
     host, port = _address(options.listen, "--listen")
     health_host, health_port = _address(options.health, "--health")
-    upstream = _endpoint(options.upstream)
+    upstream = _upstream(options)
     _check_socket(options.spiffe_socket)
     bundle = asyncio.run(_bundle(options, upstream))
     settings = Settings(
@@ -75,12 +82,13 @@ def perform(options: argparse.Namespace) -> int:
         health_host=health_host,
         health_port=health_port,
         upstream_host=upstream.host,
+        hosts=",".join(_hosts(host, port, options.host)),
         spiffe_socket=options.spiffe_socket,
         audit_sink=options.audit,
         otlp_endpoint=options.otlp,
         log_level=options.log_level,
     )
-    App(settings, bundle=bundle).run()
+    App(settings, bundle=bundle, command=options.command).run()
     return 0
 
 
@@ -101,7 +109,7 @@ async def _bundle(options: argparse.Namespace, upstream: Endpoint) -> Bundle:
     policies = Policies(cedar=_texts(path, "*.cedar"), rego=rego)
     if not policies.cedar and not policies.rego:
         raise ConfigError(f"--policy {path}: holds no .cedar and no .rego file, so nothing would be allowed")
-    content = await files(policies, _profile(options, upstream, base), Opa(options.opa))
+    content = await files([policies], _profile(options, upstream, base), Opa(options.opa))
     return Bundle(revision=revision(content), files=content, profile=decode_profile(content[PROFILE]))
 
 
@@ -129,14 +137,15 @@ def _profile(options: argparse.Namespace, upstream: Endpoint, base: Profile | No
     if options.issuer:
         providers = (Provider(name="cli", issuer=options.issuer, audiences=tuple(options.audience)),)
     limits = tuple(_limit(text, index) for index, text in enumerate(options.limit)) or (base.limits if base else ())
-    server = Server(
-        namespace=base.server.namespace if base else "local",
-        workload=base.server.workload if base else "local",
-        name=base.server.name if base else "local",
-        port=upstream.port,
-        paths=(upstream.path,),
-    )
-    identity = Identity(
+    old_server = base.server if base else Server(namespace="local", workload="local", name="local", port=upstream.port)
+    if options.command:
+        processes = options.processes or old_server.processes
+        server = msgspec.structs.replace(old_server, transport="stdio", port=upstream.port, processes=processes)
+    else:
+        transport = "http" if old_server.transport == "stdio" else old_server.transport
+        server = msgspec.structs.replace(old_server, transport=transport, port=upstream.port, paths=(upstream.path,))
+    identity = msgspec.structs.replace(
+        old,
         mtls=_mtls(options, base),
         user=options.user or old.user,
         callers=tuple(options.caller) or old.callers,
@@ -172,6 +181,32 @@ def _limit(text: str, index: int) -> Limit:
         raise ConfigError(
             f"--limit {text}: expected RATE/BURST, such as 2/10: a rate per second from 0.000001, a burst from 1"
         ) from error
+
+
+def _upstream(options: argparse.Namespace) -> Endpoint:
+    """Return where the server is; a COMMAND is nowhere. Raises ConfigError."""
+    if bool(options.upstream) == bool(options.command):
+        raise ConfigError(
+            "expected either --upstream URL or -- COMMAND [ARGUMENT...]"
+            "\nhint: sidegate run --policy policies/ -- mcp-server-time --local-timezone UTC"
+        )
+    if options.upstream:
+        if options.processes:
+            raise ConfigError("--processes is for a COMMAND: a server that listens has its own")
+        return _endpoint(options.upstream)
+    if shutil.which(options.command[0]) is None:
+        raise ConfigError(f"{options.command[0]}: no such program here or on PATH")
+    return Endpoint(host="127.0.0.1", port=STDIO_PORT, path="/mcp")
+
+
+def _hosts(address: str, port: int, names: list[str]) -> list[str]:
+    """Return the authorities that Host may name; none, which is any, for an address that is every address."""
+    if ipaddress.ip_address(address).is_unspecified:
+        return names
+    here = [f"[{address}]" if ":" in address else address]
+    if ipaddress.ip_address(address).is_loopback:
+        here += ["localhost", "127.0.0.1", "[::1]"]
+    return [*names, *(f"{each}:{port}" if port else each for each in dict.fromkeys(here))]
 
 
 def _endpoint(text: str) -> Endpoint:

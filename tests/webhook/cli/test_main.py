@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from sidecar.core import bundle
+from sidecar.core.profile import encode
 from tests.parts import part
 from webhook.cli import run
 from webhook.cli.__main__ import main
@@ -102,6 +104,10 @@ def test_a_bundle_of_another_key_is_refused(capsys: pytest.CaptureFixture[str], 
         ((*UPSTREAM, "--audience", "https://me.example"), "--issuer is required with --audience"),
         ((*UPSTREAM, "--issuer", "short", "--audience", "a"), "$.identity.providers[0].issuer"),
         ((*UPSTREAM, "--caller", "https://td/x"), "https://td/x"),
+        ((), "either --upstream URL or -- COMMAND"),
+        ((*UPSTREAM, "--", "cat"), "either --upstream URL or -- COMMAND"),
+        ((*UPSTREAM, "--processes", "shared"), "--processes is for a COMMAND"),
+        (("--", "no-such-server", "--flag"), "no-such-server: no such program here or on PATH"),
         ((*UPSTREAM, "--spiffe-socket", "/run/x.sock"), "--spiffe-socket /run/x.sock: expected unix:/path"),
     ],
 )
@@ -124,8 +130,42 @@ async def enforced(*arguments: str) -> bundle.Bundle:
     """Return what `sidegate run` would enforce."""
     parser = argparse.ArgumentParser()
     run.add_to(parser.add_subparsers())
-    options = parser.parse_args(["run", *UPSTREAM, *arguments])
-    return await run._bundle(options, run._endpoint(options.upstream))
+    options = parser.parse_args(["run", *(() if "--" in arguments else UPSTREAM), *arguments])
+    return await run._bundle(options, run._upstream(options))
+
+
+async def test_a_command_is_a_stdio_server(tmp_path: Path) -> None:
+    """Its arguments stay its own; what the profile says besides stays, too."""
+    (tmp_path / "p.cedar").write_text(CEDAR)
+    first = await enforced("--policy", str(tmp_path), "--processes", "shared", "--", "cat", "--processes", "-v")
+    server = first.profile.server
+    assert (server.transport, server.processes, server.paths) == ("stdio", "shared", ("/mcp",))
+
+    profile = msgspec.structs.replace(
+        first.profile, server=msgspec.structs.replace(server, origins=("https://app.example",), max_body_bytes=2048)
+    )
+    (tmp_path / bundle.PROFILE).write_bytes(encode(profile))
+    again = (await enforced("--policy", str(tmp_path), "--", "cat")).profile.server
+    assert (again.processes, again.origins, again.max_body_bytes) == ("shared", ("https://app.example",), 2048)
+    http = (await enforced("--policy", str(tmp_path))).profile.server
+    assert (http.transport, http.port, http.origins) == ("http", 9, ("https://app.example",))
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "names", "expected"),
+    [
+        ("127.0.0.1", 8080, [], {"127.0.0.1:8080", "localhost:8080", "[::1]:8080"}),
+        ("::1", 0, [], {"127.0.0.1", "localhost", "[::1]"}),
+        ("192.0.2.7", 80, ["mcp.example"], {"192.0.2.7:80", "mcp.example"}),
+        ("0.0.0.0", 80, [], set()),  # noqa: S104 - nothing is bound
+        ("::", 80, ["mcp.example:80"], {"mcp.example:80"}),
+    ],
+)
+def test_callers_name_the_address_that_is_listened_on(
+    address: str, port: int, names: list[str], expected: set[str]
+) -> None:
+    """A page whose name was pointed at this machine is refused."""
+    assert set(run._hosts(address, port, names)) == expected
 
 
 @pytest.mark.parametrize(("mtls", "arguments"), [("strict", SOCKET), ("permissive", SOCKET), ("permissive", ())])
