@@ -554,3 +554,52 @@ async def test_a_stuck_client_with_an_abandoned_call_frees_the_server() -> None:
         await client.close()
 
     assert path.exchanges[0].aborted == "client closed the connection"
+
+
+ASK = b'data: {"jsonrpc":"2.0","id":"a%d","method":"own/ask"}\n\n'
+
+
+def asks(count: int, *, replied: str) -> object:
+    """A script that asks *count* unknown things and answers the call; *replied* is the status line's rest for replies."""
+
+    async def script(heard: Heard, writer: asyncio.StreamWriter) -> None:
+        if b'"method"' in heard.body:
+            events = b"".join(ASK % number for number in range(count)) + b"data: " + RESULT + b"\n\n"
+            writer.write(STREAM + chunk(events) + b"0\r\n\r\n")
+        elif replied:
+            writer.write(f"HTTP/1.1 {replied}\r\ncontent-length: 0\r\n\r\n".encode())
+
+    return script
+
+
+@pytest.mark.parametrize("replied", ["202 Accepted", "400 Bad Request"])
+async def test_a_reply_to_the_server_is_nobodys_answer(replied: str) -> None:
+    """The call has its own; whatever the server says to the reply is dropped, and its connection kept."""
+    script = asks(3, replied=replied)
+    async with a_server(script) as (server, port), a_path(a_snapshot(allowing(), port=port)) as path:  # type: ignore[arg-type]
+        client = await path.dial()
+        for _ in range(2):
+            before = len(server.heard)
+            await client.say(post(CALL))
+            answer = await client.hear()
+            await eventually(lambda before=before: len(server.heard) == before + 4, what="the replies")  # type: ignore[misc]
+        await client.close()
+
+    assert answer is not None
+    assert answer.body == b"data: " + RESULT + b"\n\n"
+    assert server.connections < len(server.heard)
+
+
+async def test_replies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that asks without end and takes no reply must not hold our descriptors for ever."""
+    monkeypatch.setattr(upstream, "MAX_REPLIES", 2)
+    monkeypatch.setattr(upstream, "REPLY_S", 0.1)
+    script = asks(5, replied="")
+    async with a_server(script) as (server, port), a_path(a_snapshot(allowing(), port=port)) as path:  # type: ignore[arg-type]
+        client = await path.dial()
+        for expected in (3, 6):
+            await client.say(post(CALL))
+            assert await client.hear()
+            await eventually(lambda expected=expected: len(server.heard) == expected, what="two replies")  # type: ignore[misc]
+            await eventually(lambda: server.open <= 1, what="the end of their connections")
+        await client.close()
