@@ -483,7 +483,7 @@ class Turn:
             response = self._serving.deliver(self._exchange, response)
         nobody = self._request.connection.peer is None and response.status in (401, 403)  # must not hold a place
         self._is_last = self._is_last or nobody or response.status in (400, 413)
-        self._status, self._reason, self._headers = response.status, b"", response.headers
+        self._status, self._reason, self._headers = response.status, b"", self._readable(response.headers)
         self._end(b"" if self._request.connection.method == "HEAD" else response.body)
 
     def respond(self, response: Response) -> None:
@@ -503,7 +503,7 @@ class Turn:
             each.upstream_s = answered_s - each.clock_s
         session_id = dict(headers).get(b"mcp-session-id")
         self._serving.remember(exchange, status, None if session_id is None else session_id.decode("latin-1"))
-        self._status, self._reason, self._headers = status, reason, returned_headers(headers)
+        self._status, self._reason, self._headers = status, reason, self._readable(returned_headers(headers))
         seen = self._answer = self._serving.answer(exchange)
         if self._look(lambda: seen.begin(status, headers)) is Mode.EVENTS:
             self._send_head(None)
@@ -610,6 +610,12 @@ class Turn:
 
     # the wire
 
+    def _readable(self, headers: Headers) -> Headers:
+        """Return *headers* as the page that called may read them, if one did."""
+        origin, profile = self._request.connection.values.get(b"origin"), self._exchange.profile
+        origins = () if profile is None else profile.server.origins
+        return shared(headers, None if origin is None else origin.decode("latin-1"), origins)
+
     @property
     def _closes(self) -> bool:
         return self._is_last or self._serving.draining or self._inbound.is_retiring
@@ -618,10 +624,7 @@ class Turn:
         """Send the head, with *body* where that is all of it; None: the body follows, in chunks or up to the close."""
         self._sent_head = True
         lines = [b"HTTP/1.1 %d %b" % (self._status, self._reason or _phrase(self._status))]
-        origin, profile = self._request.connection.values.get(b"origin"), self._exchange.profile
-        origins = () if profile is None else profile.server.origins
-        page = None if origin is None else origin.decode("latin-1")
-        lines += [b"%b: %b" % pair for pair in shared(self._headers, page, origins)]
+        lines += [b"%b: %b" % pair for pair in self._headers]
         if body is None:
             self._is_chunked = self._request.takes_chunks
             if self._is_chunked:
