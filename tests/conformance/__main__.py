@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 RESULT: Final = Path("build/conformance.json")
+SHOWN: Final = 12  # of the checks that got worse; build/conformance.json has them all
 WIDTH: Final = 300  # of an answer that is shown because it differs
 CLIENT: Final = Path(__file__).with_name("client.py")
 SERVERS: Final[dict[str, Callable[[Path], AbstractContextManager[int]]]] = {
@@ -124,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and the suite's own output there")
     options = parser.parse_args(arguments)
+    logging.getLogger("mcp").addHandler(logging.NullHandler())  # a broken conversation is reported as a result
     started_s = time.monotonic()
     results = {}
     try:
@@ -131,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             home = options.keep or Path(scratch)
             home.mkdir(parents=True, exist_ok=True)
             for each in _every_set(home, options.only):
-                print(each.line(), *each.worse, sep="\n    ", flush=True)
+                more = [f"and {len(each.worse) - SHOWN} more"] if len(each.worse) > SHOWN else []
+                print(each.line(), *each.worse[:SHOWN], *more, sep="\n    ", flush=True)
                 results[each.name] = {"direct": each.direct, "through": each.through, "worse": each.worse}
     except (suite.SuiteError, BenchError, PartError) as error:
         print(f"conformance: error: {error}", file=sys.stderr)

@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.processes import free_port, is_listening, running
+from sidecar.core.bundle import PROFILE
+from sidecar.core.profile import Identity, Profile, Server, encode
 from tests.parts import part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SERVERS: Final = Path(__file__).parent / "servers"
+OVER_SSE: Final = Profile(
+    server=Server(namespace="local", workload="local", name="local", port=1, transport="sse"),
+    identity=Identity(mtls="permissive"),
+)
 ALLOW_ALL: Final = "permit(principal, action, resource);\n"
 
 
@@ -54,6 +60,8 @@ def sidecar(home: Path, *upstream: str, transport: str = "http") -> Iterator[int
     policies = home / "policies"
     policies.mkdir(exist_ok=True)
     (policies / "all.cedar").write_text(ALLOW_ALL)
+    if transport == "sse":
+        (policies / PROFILE).write_bytes(encode(OVER_SSE))
     port = free_port()
     listen = ("--listen", f"127.0.0.1:{port}", "--user", "optional", "--log-level", "warning")
     kept = ("--policy", policies, "--audit", home / "audit.jsonl")
