@@ -150,7 +150,7 @@ def _key_set(document: bytes) -> dict[str, _Key]:
     """Return the keys for tokens in a JWK set, by id. Raises BadCertificate when there is none."""
     try:
         described = msgspec.json.decode(document, type=_KeySet).keys
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadCertificate(f"JWT bundle: {error}") from error
     found: dict[str, _Key] = {}
     for each in described[:MAX_KEYS]:
