@@ -118,7 +118,7 @@ def read_token(status: int, body: bytes, now_s: float) -> Issued:
 def _document(status: int, body: bytes) -> dict[str, Any]:
     try:
         document = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OAuthError(f"HTTP {status}, and no JSON") from error
     if not isinstance(document, dict):
         raise OAuthError(f"HTTP {status}, and no JSON object")
