@@ -94,7 +94,7 @@ def review(data: bytes, reader: Reader, judge: Judge) -> tuple[bytes, Sequence[S
             return one.data, (one,)
         held = [bytes(each) for each in _array.decode(data)]
         seen = [_message(each, reader, judge) for each in held]
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # nested as deep as the server likes
         raise _unreadable(str(error)) from error
     if not seen:
         raise _unreadable("an empty batch")
