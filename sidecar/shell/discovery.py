@@ -82,5 +82,5 @@ async def _ask(session: aiohttp.ClientSession, provider: Provider, url: str) -> 
 def _decode(url: str, document: bytes, kind: type[Document]) -> Document:
     try:
         return msgspec.json.decode(document, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProviderError(f"{url}: {error}") from error
