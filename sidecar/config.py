@@ -31,6 +31,13 @@ class Capture(StrEnum):
     LISTEN = "listen"  # outside a pod: `sidegate run`
 
 
+class Role(StrEnum):
+    """Which side of a call the application beside us is on."""
+
+    SERVER = "server"  # an MCP server: calls of others are judged on their way in
+    AGENT = "agent"  # its own calls to MCP servers leave with its identity
+
+
 class LogLevel(StrEnum):
     """Least severe log record that is written."""
 
@@ -85,9 +92,11 @@ class Settings:
     namespace: str = setting_of(str, "Namespace of the pod.", default="")
     pod: str = setting_of(str, "Name of the pod: which bundle to ask for.", default="")
     workload: str = setting_of(str, "Name of the Deployment, StatefulSet … that the pod belongs to.", default="")
+    role: Role = setting_of(_one_of(Role), "Whether an MCP server is governed, or an agent's own calls.", default=Role.SERVER)  # fmt: skip
     capture: Capture = setting_of(_one_of(Capture), "How traffic reaches the sidecar.", default=Capture.LISTEN)
     listen_host: str = setting_of(str, "Address the inbound listener binds.", default="::")
     listen_port: int = setting_of(port_number, "Port of the inbound listener.", default=INBOUND_PORT)
+    egress_port: int = setting_of(port_number, "Port of the outbound listener, on loopback, in role agent.", default=EGRESS_PORT)  # fmt: skip # noqa: E501
     health_host: str = setting_of(str, "Address of the health and metrics listener.", default="::")
     health_port: int = setting_of(port_number, "Port of the health and metrics listener.", default=HEALTH_PORT)
     upstream_host: str = setting_of(

@@ -72,17 +72,20 @@ def canonical(host: str, namespace: str) -> str:
     return ".".join(labels[:2]) if labels[2:3] == ["svc"] else ".".join(labels)
 
 
-def find(asked: Target, servers: Sequence[Destination], namespace: str, own: SpiffeId) -> Route | None:
-    """Return the route for a call of a pod of *namespace*, which is *own*; None when it is no business of ours.
+def find(asked: Target, servers: Sequence[Destination], namespace: str) -> Destination | None:
+    """Return the server that a pod of *namespace* calls; None when the call is no business of ours."""
+    name = canonical(asked.host, namespace)
+    return next((each for each in servers if each.port == asked.port and canonical(each.host, namespace) == name), None)
+
+
+def route(asked: Target, server: Destination, namespace: str, own: SpiffeId) -> Route:
+    """Return the route to *server* for a pod of *namespace*, which is *own*.
 
     Without a pattern in the profile any service account of the Service's namespace will do, in our own trust domain.
     """
-    name = canonical(asked.host, namespace)
-    for server in servers:
-        if server.port == asked.port and canonical(server.host, namespace) == name:
-            pattern = server.id or f"spiffe://{own.trust_domain}/ns/{name.split('.')[1]}/sa/*"
-            return Route(host=asked.host, port=asked.port, expected=SpiffePattern.parse(pattern))
-    return None
+    where = canonical(server.host, namespace).split(".")[1]
+    pattern = server.id or f"spiffe://{own.trust_domain}/ns/{where}/sa/*"
+    return Route(host=asked.host, port=asked.port, expected=SpiffePattern.parse(pattern))
 
 
 def outgoing(headers: Headers, *, authority: str, agent_session: str, traceparent: bytes) -> list[tuple[bytes, bytes]]:

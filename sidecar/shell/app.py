@@ -19,15 +19,17 @@ from aiohttp import web
 
 from certs.errors import PeerReason, WorkloadApiError, WorkloadReason
 from certs.statement import sign
-from sidecar.config import Settings
+from sidecar.config import Capture, Role, Settings
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownToken, Unresolved
-from sidecar.errors import Reason, Refusal
+from sidecar.errors import ConfigError, Reason, Refusal
 from sidecar.shell import logs
 from sidecar.shell.audit import Audit
 from sidecar.shell.bundles import BundleSource
 from sidecar.shell.credentials import Credentials, Signer
+from sidecar.shell.egress import Egress
+from sidecar.shell.egress_listener import EgressListener
 from sidecar.shell.health import Health, decode_probes
 from sidecar.shell.lifetimes import Lifetimes
 from sidecar.shell.listener import Listener
@@ -112,15 +114,7 @@ class App:
                     background.append(tasks.create_task(self._bundles.run()))
             if self._bundle is not None:
                 await self._activate(self._bundle)
-            listener = Listener(
-                self._serving,
-                host=settings.listen_host,
-                port=settings.listen_port,
-                capture=settings.capture,
-                tls=None if identity is None else identity.server.context,
-                max_connections=int(settings.max_connections),
-                refused_port=self._port_refused,
-            )
+            listener = self._listener(tasks)
             accepting = tasks.create_task(listener.run())
             health = await self._serve_health()
             health_port = health.addresses[0][1]
@@ -226,6 +220,36 @@ class App:
         self._serving.observe(exchange)
 
     # listeners and the end
+
+    def _listener(self, tasks: asyncio.TaskGroup) -> Listener | EgressListener:
+        """Return what accepts calls: others' of the server beside us, or the agent's own."""
+        settings, identity = self._settings, self._identity
+        if settings.role is Role.SERVER:
+            return Listener(
+                self._serving,
+                host=settings.listen_host,
+                port=settings.listen_port,
+                capture=settings.capture,
+                tls=None if identity is None else identity.server.context,
+                max_connections=int(settings.max_connections),
+                refused_port=self._port_refused,
+            )
+        if identity is None:
+            raise ConfigError("SIDEGATE_ROLE agent needs SIDEGATE_SPIFFE_SOCKET: an agent calls with its own identity")
+        egress = Egress(
+            self._serving,
+            identity.client,
+            own_id=lambda: identity.own_id,
+            spawn=tasks.create_task,
+            grace_s=settings.connection_grace_s,
+        )
+        identity.source.subscribe(egress.follow)
+        return EgressListener(
+            egress,
+            port=settings.egress_port,
+            is_redirected=settings.capture is Capture.REDIRECT,
+            max_connections=int(settings.max_connections),
+        )
 
     async def _serve_health(self) -> web.AppRunner:
         health = Health(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core import egress
-from sidecar.core.egress import AgentSessions, canonical, find, incoming, outgoing, split_authority, target
+from sidecar.core.egress import AgentSessions, canonical, find, incoming, outgoing, route, split_authority, target
 from sidecar.core.profile import Destination
 from sidecar.errors import Reason, Refusal
 from tests.builders import AGENT
@@ -18,11 +18,12 @@ NAMES = ("records.demo", "records.demo.svc", "records.demo.svc.cluster.local", "
 def test_every_name_of_a_service_is_the_service(host: str, named: str) -> None:
     """However the agent and the profile spell it; without a pattern, any account of the Service's namespace will do."""
     asked = target(b"/mcp", f"{host}:8000")
-    route = find(asked, [Destination(host=named, port=8000)], "agents", AGENT)
+    server = find(asked, [Destination(host=named, port=8000)], "agents")
 
-    assert route
-    assert str(route.expected) == "spiffe://a.test/ns/demo/sa/*"
-    assert (route.host, route.port) == (host, 8000)
+    assert server
+    found = route(asked, server, "agents", AGENT)
+    assert str(found.expected) == "spiffe://a.test/ns/demo/sa/*"
+    assert (found.host, found.port) == (host, 8000)
 
 
 def test_a_short_name_is_of_the_agents_own_namespace() -> None:
@@ -44,16 +45,16 @@ def test_what_the_profile_does_not_name_is_no_business_of_ours(authority: str) -
     """Another port, another Service, another namespace."""
     asked = target(b"/mcp", authority)
 
-    assert find(asked, [Destination(host="records.demo", port=8000)], "agents", AGENT) is None
+    assert find(asked, [Destination(host="records.demo", port=8000)], "agents") is None
 
 
 def test_the_profiles_pattern_says_whom_to_meet() -> None:
     """Of a federated domain, for instance."""
     server = Destination(host="tools.partner.example", port=443, id="spiffe://b.test/ns/tools/**")
-    route = find(target(b"http://tools.partner.example:443/mcp", None), [server], "agents", AGENT)
+    asked = target(b"http://tools.partner.example:443/mcp", None)
 
-    assert route
-    assert str(route.expected) == server.id
+    assert find(asked, [server], "agents") is server
+    assert str(route(asked, server, "agents", AGENT).expected) == server.id
 
 
 @pytest.mark.parametrize(
