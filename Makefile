@@ -13,7 +13,7 @@ READY = $(VENV)/.locked-$(shell cat requirements/dev.txt pyproject.toml | cksum 
 .DEFAULT_GOAL := help
 .SILENT:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo lint test e2e conformance bench docs examples test-all-pythons lock images clean
+.PHONY: help demo lint test e2e conformance matrix fuzz bench docs examples test-all-pythons lock images clean
 
 help:
 	echo "make demo              a public server, governed on this machine; ONCE=1: run it once and check it"
@@ -22,6 +22,8 @@ help:
 	echo "make e2e               a real cluster with real SPIRE (root)"
 	echo "make conformance       the official MCP suite and public servers, direct and through the sidecar"
 	echo "make test-all-pythons  make test under 3.11, 3.12 and 3.13"
+	echo "make matrix            SDKs of every generation, and ambiguous requests, at real servers through the sidecar"
+	echo "make fuzz SECONDS=300  every reader of foreign bytes, with inputs that nobody wrote"
 	echo "make bench             what a call costs here, nginx and Envoy beside it"
 	echo "make docs              write the generated reference pages again"
 	echo "make examples          build the examples' signed bundles again"
@@ -79,6 +81,16 @@ conformance: $(READY)
 	$(BIN)/python -m tests.parts node mcp-conformance mcp-typescript mcp-server-everything kubernetes-mcp-server \
 	  mcp-servers-npm mcp-servers-python mcp-servers-python-1 mcp-server-excel mcp-servers-go >/dev/null
 	$(BIN)/python -m tests.conformance
+
+matrix: $(READY)
+	echo "matrix: parts"
+	$(BIN)/python -m tests.parts node mcp-python-1.8 mcp-python-1.30 mcp-typescript-1.32 mcp-typescript-2.4 mcp-go mcp-go-1.6 >/dev/null
+	echo "matrix: clients and requests (4 minutes, on two cores)"
+	$(BIN)/python -m tests.matrix
+
+SECONDS ?= 300
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 bench: $(READY)
 	$(BIN)/python -m bench
