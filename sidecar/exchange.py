@@ -7,7 +7,7 @@ unreadable ones included.
 from dataclasses import dataclass, field
 
 from certs.spiffe import SpiffeId
-from sidecar.core.authorise import Agent, Permit
+from sidecar.core.authorise import Agent, Difference, Permit
 from sidecar.core.connection import Connection, Headers
 from sidecar.core.identity import Principal
 from sidecar.core.limits import Admission
@@ -45,6 +45,7 @@ class Exchange:
     principal: Principal | None = None
     message: Message | None = None
     permit: Permit | None = None
+    shadow: tuple[Difference, ...] = ()  # policies in shadow mode that would have decided otherwise
     admission: Admission | None = None
     refusal: Refusal | None = None
     judged_s: float = 0.0  # seconds from the first line to the admission or refusal

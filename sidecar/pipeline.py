@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from sidecar.core import metadata
 from sidecar.core.agreement import ParamHeaders
 from sidecar.core.agreement import check as check_agreement
-from sidecar.core.authorise import Agent, Engine, Permit, Question, authorise
+from sidecar.core.authorise import Agent, Engine, Permit, Question, Shadow, authorise, differing
 from sidecar.core.connection import RESERVED_PREFIX, Connection, forged_headers
 from sidecar.core.identity import Trust, authenticate
 from sidecar.core.limits import Admission, Buckets, admit, give_back
@@ -48,6 +48,7 @@ class Snapshot:
     revision: str
     engines: tuple[Engine, ...]
     trust: Trust
+    shadows: tuple[Shadow, ...] = ()
     hosts: frozenset[str] = frozenset()  # authorities under which callers know us; empty: any Host, no Origin
 
     @property
@@ -124,7 +125,8 @@ def _authorise(exchange: Exchange, snapshot: Snapshot, memory: Memory) -> Permit
     context = of_message(message.params)
     if context is not None:
         exchange.trace_id, exchange.parent_id, exchange.sampled = context.trace_id, context.parent_id, context.sampled
-    exchange.protocol_version = connection.header(VERSION)
+    version = connection.values.get(VERSION)  # known to be given once
+    exchange.protocol_version = None if version is None else version.decode("latin-1")
     check_agreement(connection, message, memory.param_headers)
     agent = exchange.agent = _agent(exchange, message, memory)
     _check_owners(exchange, message, memory)
@@ -138,7 +140,11 @@ def _authorise(exchange: Exchange, snapshot: Snapshot, memory: Memory) -> Permit
         protocol_version=exchange.protocol_version,
         trace_id=exchange.trace_id,
     )
-    permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)
+    try:
+        permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)
+    finally:
+        if snapshot.shadows:
+            exchange.shadow = differing(question, snapshot.shadows, permitted=exchange.permit is not None)
     require_scopes(permit, snapshot.profile.identity)
     return permit
 
@@ -150,7 +156,7 @@ def _admit(exchange: Exchange, permit: Permit, snapshot: Snapshot, memory: Memor
     if message.id is not None:
         if message.shape is Shape.RESPONSE:
             memory.asked.remove(scope(exchange), message.id)  # once answered, a second answer has nothing to answer
-        elif exchange.session_id is None and message.method != "initialize":  # which cannot be cancelled
+        elif _is_cancelled_by_id(exchange, message):
             memory.calls.add(scope(exchange), message.id)
     return admission
 
@@ -347,11 +353,19 @@ def remember(exchange: Exchange, status: int, session_id: str | None, memory: Me
 
 def release(exchange: Exchange, memory: Memory) -> None:
     """Forget what was kept while *exchange* was under way; it is over."""
-    message, principal = exchange.message, exchange.principal
-    if exchange.admission is None or message is None or principal is None or message.id is None:
+    message = exchange.message
+    if exchange.admission is None or message is None or message.id is None or message.shape is not Shape.REQUEST:
         return
-    if exchange.session_id is None and message.shape is Shape.REQUEST and message.method != "initialize":
+    if _is_cancelled_by_id(exchange, message):
         memory.calls.remove(scope(exchange), message.id)
+
+
+def _is_cancelled_by_id(exchange: Exchange, message: Message) -> bool:
+    """Say whether a notification may cancel *message*, a request, by its id alone.
+
+    Within a session its owner may, initialize nobody can cancel, and from 2026-07-28 on a closed response is the word.
+    """
+    return exchange.session_id is None and message.method != "initialize" and not message.revision.is_modern
 
 
 def scope(exchange: Exchange) -> str:

@@ -6,7 +6,7 @@ Permit (tests/architecture). The document that both engines see is versioned: it
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from sidecar.core.identity import Principal
 from sidecar.core.message import Ask, Listing, Message, Prompt, Resource, Subscription, Task, Tool
@@ -106,6 +106,39 @@ class Engine(Protocol):
         ...
 
 
+class Named:
+    """An engine of one policy among several: its verdicts say which."""
+
+    def __init__(self, engine: Engine, policy: str) -> None:
+        self.name = f"{policy}: {engine.name}"
+        self._engine, self._policy = engine, policy
+
+    def decide(self, question: Question) -> Verdict:
+        """Return the engine's verdict, each policy and error with the name in front."""
+        verdict = self._engine.decide(question)
+        return Verdict(
+            allowed=verdict.allowed,
+            policies=tuple(f"{self._policy}: {each}" for each in verdict.policies) or (self._policy,),
+            errors=tuple(f"{self._policy}: {each}" for each in verdict.errors),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shadow:
+    """A policy that is asked and not heeded."""
+
+    name: str
+    engines: tuple[Engine, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A shadow that would have decided otherwise than what was enforced."""
+
+    policy: str
+    allowed: bool  # by the shadow
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permit:
     """Proof that a message was authorised; *policies* are those that allowed it."""
@@ -135,7 +168,7 @@ def authorise(question: Question, engines: Sequence[Engine], revision: str) -> P
     """
     message = question.message
     target = message.target
-    if target is None or isinstance(target, Listing | Task):
+    if target is None or isinstance(target, _NEEDS_NO_RULE):
         return Permit(question=question, policies=(), revision=revision)
     if isinstance(target, Subscription):
         return _subscribe(question, target, engines, revision)
@@ -143,6 +176,24 @@ def authorise(question: Question, engines: Sequence[Engine], revision: str) -> P
     if not verdict.allowed:
         raise _denied(message.method, target.label, verdict)
     return Permit(question=question, policies=verdict.policies, revision=revision)
+
+
+def differing(question: Question, shadows: Sequence[Shadow], *, permitted: bool) -> tuple[Difference, ...]:
+    """Return which of *shadows* would have decided otherwise than *permitted*, what the enforced policies said."""
+    found: list[Difference] = []
+    for shadow in shadows:
+        try:
+            authorise(question, shadow.engines, "")
+        except Refusal:
+            allowed = False
+        else:
+            allowed = True
+        if allowed != permitted:
+            found.append(Difference(policy=shadow.name, allowed=allowed))
+    return tuple(found)
+
+
+_NEEDS_NO_RULE: Final = (Listing, Task)
 
 
 def _subscribe(question: Question, wanted: Subscription, engines: Sequence[Engine], revision: str) -> Permit:

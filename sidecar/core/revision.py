@@ -26,7 +26,7 @@ class Revision(StrEnum):
     @property
     def is_modern(self) -> bool:
         """Say whether every request stands alone, with its own `_meta` and headers that repeat the body."""
-        return self in _MODERN
+        return self is _MODERN  # an enumeration's hash is slow
 
     @property
     def has_batches(self) -> bool:
@@ -41,7 +41,7 @@ CAPABILITIES: Final = PREFIX + "clientCapabilities"
 CLIENT: Final = PREFIX + "clientInfo"
 MAX_VERSION_CHARS: Final = 64  # of an unknown one that is said back
 
-_MODERN: Final = frozenset({Revision.V2026_07_28})
+_MODERN: Final = Revision.V2026_07_28  # the only one yet
 _LAST_LEGACY: Final = Revision.V2025_11_25
 _KNOWN: Final = {str(each): each for each in Revision}
 _DATE: Final = re.compile(r"\d{4}-\d\d-\d\d")
@@ -52,7 +52,7 @@ def of_header(header: str | None, unsaid: Revision = UNSAID) -> Revision:
     if header is None:
         return unsaid
     known = _KNOWN.get(header)
-    if known is None or (known in _MODERN and unsaid < UNSAID):
+    if known is None or (known is _MODERN and unsaid < UNSAID):
         raise _unsupported(header, unsaid, is_modern=bool(_DATE.fullmatch(header)) and header > _LAST_LEGACY)
     return known
 
@@ -72,7 +72,7 @@ def of_call(
     if not isinstance(meta, dict) or VERSION not in meta:
         # Some clients of the older era send other members of the later one's `_meta`.
         revision = of_header(header, unsaid)
-        if is_request and revision in _MODERN:
+        if is_request and revision is _MODERN:
             raise _modern(Refusal(Reason.MALFORMED, f"params._meta must have {VERSION}"))
         return revision
     said = meta[VERSION]
@@ -84,16 +84,16 @@ def of_call(
         what = "is missing" if header is None else "and the version in params._meta differ"
         raise _modern(Refusal(Reason.HEADER_MISMATCH, f"MCP-Protocol-Version {what}"))
     known = _KNOWN.get(said)
-    if known is None or (known in _MODERN and unsaid < UNSAID):
+    if known is None or (known is _MODERN and unsaid < UNSAID):
         raise _unsupported(said, unsaid, is_modern=True)
     return known
 
 
-_LEGACY: Final = frozenset(_KNOWN) - {str(each) for each in _MODERN}
+_LEGACY: Final = frozenset(_KNOWN) - {str(_MODERN)}
 
 
 def _modern(refusal: Refusal) -> Refusal:
-    refusal.revision = Revision.V2026_07_28
+    refusal.revision = _MODERN
     return refusal
 
 
@@ -101,6 +101,6 @@ def _unsupported(said: str, unsaid: Revision, *, is_modern: bool) -> Refusal:
     refusal = Refusal(Reason.UNSUPPORTED_VERSION, "this protocol version is not supported", detail=said[:256])
     if is_modern:
         _modern(refusal)
-        supported = [str(each) for each in Revision if unsaid >= UNSAID or each not in _MODERN]
+        supported = [str(each) for each in Revision if unsaid >= UNSAID or each is not _MODERN]
         refusal.data = {"supported": supported[::-1], "requested": said[:MAX_VERSION_CHARS]}
     return refusal
