@@ -138,7 +138,7 @@ def sidecar(
     audit = home / "audit.jsonl"
     key = make_key()
     wanted = profile(around, upstream_port, mtls=keys is not None)
-    content = asyncio.run(files(_policies(policies), wanted, Opa(path=_opa())))
+    content = asyncio.run(files([_policies(policies)], wanted, Opa(path=_opa())))
     (home / LAST_GOOD).write_bytes(encode(content, key))
     port, health_port = free_port(), free_port()
     settings = Settings(

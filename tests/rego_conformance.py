@@ -21,6 +21,7 @@ from typing import Any
 import wasmtime
 
 from sidecar.core import rego
+from sidecar.core.builtins import values
 from sidecar.core.rego import FUEL, MEMORY_BYTES, Trap, _compiled, _Instance
 from sidecar.errors import BundleError
 from tests.parts import part
@@ -66,12 +67,16 @@ def judge(case: Case) -> tuple[str, str]:
             case["input"] = json.loads(case["input_term"], parse_float=Decimal)
         except ValueError:
             return "refused", "an input that is not JSON"
+    instance: _Instance | None = None
     try:
         module = _compiled(base64.b64decode(case["wasm"]))
         instance = _Instance(module, _json(case.get("data", {})), FUEL, MEMORY_BYTES)
         results = json.loads(_raw(instance, _json(case["input"]) if "input" in case else None), parse_float=Decimal)
     except (BundleError, Trap) as error:
         return ("passed", "an error as wanted") if wants_error else ("refused", f"denied: {_cause(str(error))}")
+    finally:
+        if instance is not None:
+            instance.close()
     return _compared(case, results, wants_error=wants_error)
 
 
@@ -120,11 +125,7 @@ def _key(value: Any) -> Any:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, default=_number).encode()
-
-
-def _number(value: Decimal) -> Any:
-    return int(value) if value == int(value) else float(value)
+    return values.write(value).encode()  # numbers as they are
 
 
 def _cause(text: str) -> str:

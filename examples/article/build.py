@@ -26,7 +26,7 @@ def policies() -> Policies:
 
 async def build(opa: str) -> bytes:
     """Return the signed bundle."""
-    content = await files(policies(), profile.decode((HERE / "sidegate.json").read_bytes()), Opa(opa))
+    content = await files([policies()], profile.decode((HERE / "sidegate.json").read_bytes()), Opa(opa))
     key = serialization.load_pem_private_key((HERE / "development-only.key.pem").read_bytes(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TypeError("development-only.key.pem: expected a P-256 key")

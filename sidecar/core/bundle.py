@@ -32,6 +32,8 @@ PROFILE: Final = "sidegate.json"
 WASM: Final = "policy.wasm"
 SCHEMA: Final = "cedar/schema.cedarschema"
 CEDAR: Final = re.compile(r"cedar/[^/]+\.cedar")
+_CEDAR_FILE: Final = re.compile(r"cedar/[^/]+\.cedar\Z")
+SET: Final = re.compile(r"sets/(?:namespace|cluster)/[a-z0-9.-]{1,253}/")
 REGO: Final = re.compile(r"(?:[^/]+/)*[^/]+\.rego")
 ALLOW: Final = "mcp/authz/allow"
 REASONS: Final = "mcp/authz/reasons"
@@ -58,9 +60,10 @@ class Bundle:
     files: Mapping[str, bytes]
     profile: profiles.Profile
 
-    def cedar(self) -> dict[str, str]:
-        """Return the Cedar policies by file name; raises BundleError for what is not UTF-8."""
-        return {name: _text(name, data) for name, data in self.files.items() if CEDAR.fullmatch(name)}
+    def cedar(self, path: str = "") -> dict[str, str]:
+        """Return the Cedar policies of the set at *path* by file name; raises BundleError for what is not UTF-8."""
+        names = (name for name in self.files if name.startswith(path) and CEDAR.fullmatch(name[len(path) :]))
+        return {name[len(path) :]: _text(name, self.files[name]) for name in names}
 
 
 def _text(name: str, data: bytes) -> str:
@@ -122,14 +125,22 @@ def decode(data: bytes, keys: Sequence[ec.EllipticCurvePublicKey], limits: Limit
     if PROFILE not in files:
         raise BundleError(f"{PROFILE}: missing")
     profile = profiles.decode(files[PROFILE])
-    # A policy that is there but not announced would not be enforced, and nobody would notice.
-    for field, announced, present in (
-        ("rego", profile.policies.rego, WASM in files),
-        ("cedar", profile.policies.cedar, any(CEDAR.fullmatch(name) for name in files)),
-    ):
-        if announced != present:
-            raise BundleError(f"{PROFILE}: policies.{field} is {announced}, but the bundle says {present}")
+    _check_announced(profile, files)
     return Bundle(revision=manifest["revision"], files=files, profile=profile)
+
+
+def _check_announced(profile: profiles.Profile, files: Mapping[str, bytes]) -> None:
+    """Refuse a policy that is there but not announced: it would not be enforced, and nobody would notice."""
+    present = {(name[: -len(WASM)], "rego") for name in files if name == WASM or name.endswith("/" + WASM)}
+    present |= {(name[: found.start()], "cedar") for name in files if (found := _CEDAR_FILE.search(name))}
+    announced = [(each.path, kind) for each in profile.policies for kind in ("rego", "cedar") if getattr(each, kind)]
+    if len(announced) != len(set(announced)):
+        raise BundleError(f"{PROFILE}: policies: two sets have the same path")
+    for path, kind in sorted(present ^ set(announced)):
+        is_there = (path, kind) in present
+        raise BundleError(
+            f"{PROFILE}: policies: {kind} of {path or 'the root'} is announced: {not is_there}, there: {is_there}"
+        )
 
 
 class _Deterministic(ECAlgorithm):
@@ -212,10 +223,15 @@ def _member_name(member: tarfile.TarInfo, limits: Limits) -> str:
 def _check_name(name: str) -> None:
     if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
         raise BundleError(f"{name!r}: not a path inside the bundle")
-    if name in (DATA, PROFILE, WASM, SCHEMA) or CEDAR.fullmatch(name) or REGO.fullmatch(name):
+    if name == PROFILE or REGO.fullmatch(name):
+        return
+    within = SET.match(name)
+    inner = name[within.end() :] if within else name
+    if inner in (DATA, WASM, SCHEMA) or CEDAR.fullmatch(inner):
         return
     raise BundleError(
-        f"{name}: no such file in a bundle; there are *.rego, {WASM}, {DATA}, cedar/*.cedar, {SCHEMA}, {PROFILE}"
+        f"{name}: no such file in a bundle; there are *.rego, {WASM}, {DATA}, cedar/*.cedar, {SCHEMA}, {PROFILE}, "
+        "and all but the last also below sets/namespace/<name>/ and sets/cluster/<name>/"
     )
 
 

@@ -17,7 +17,7 @@ context    args (of the tool or prompt), claims (of the user), elicitation, dele
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import cedarpy
 
@@ -40,9 +40,20 @@ class CedarEngine:
 
     name = "cedar"
 
-    def __init__(self, policies: Mapping[str, str], *, projection: Projection = WHOLE) -> None:
-        """Parse *policies*, file name -> text. Raises BundleError naming the file."""
+    def __init__(
+        self,
+        policies: Mapping[str, str],
+        *,
+        projection: Projection = WHOLE,
+        vocabulary: Literal["sidegate", "toolhive"] = "sidegate",
+    ) -> None:
+        """Parse *policies*, file name -> text, which speak *vocabulary*. Raises BundleError naming the file."""
         self._projection = projection
+        self._translate = translate
+        if vocabulary == "toolhive":
+            from sidecar.core import toolhive  # noqa: PLC0415 - which needs this module, and few need it
+
+            self._translate = toolhive.translate
         self._labels: dict[str, str] = {}  # Cedar numbers the policies; authors know files and @id
         for name in sorted(policies):
             for label in _labels(name, policies[name]):
@@ -52,7 +63,7 @@ class CedarEngine:
     def decide(self, question: Question) -> Verdict:
         """Return the verdict; policies are those that decided, by @id or `<file>#<number>`."""
         try:
-            request, entities = translate(self._projection.narrow(question.document()))
+            request, entities = self._translate(self._projection.narrow(question.document()))
         except (Unspeakable, RecursionError) as error:
             return Verdict(allowed=False, errors=(f"cedar: {error}",))
         try:

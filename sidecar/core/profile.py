@@ -13,6 +13,8 @@ from sidecar.errors import BundleError
 FORMAT: Literal[1] = 1
 
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+Transport = Literal["http", "sse", "stdio"]
+Processes = Literal["session", "shared"]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=512)]
 Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=2048)]
@@ -36,8 +38,8 @@ class Server(Record, frozen=True, kw_only=True):
     name: str
     version: str = ""
     port: Port
-    transport: Literal["http", "sse", "stdio"] = "http"  # Streamable HTTP; HTTP+SSE of 2024-11-05; stdio behind a relay
-    processes: Literal["session", "shared"] = "session"  # stdio: a process for each session, or one for all
+    transport: Transport = "http"  # Streamable HTTP; HTTP+SSE of 2024-11-05; stdio behind a relay
+    processes: Processes = "session"  # stdio: a process for each session, or one for all
     paths: tuple[Path, ...] = ("/mcp",)  # sse: those of the event stream; the server announces where to post
     hosts: tuple[Host, ...] = ()  # authorities under which callers know this server, judged in Host; empty: any
     origins: tuple[Origin, ...] = ()  # browsers' origins that may call, such as https://app.example; empty: none
@@ -180,9 +182,16 @@ class Telemetry(Record, frozen=True, kw_only=True):
     content: bool = False  # tool arguments and results on spans (opt-in by the semantic conventions)
 
 
-class Policies(Record, frozen=True, kw_only=True):
-    """Which engines the bundle carries, and what they can read (`design`: projection)."""
+class PolicySet(Record, frozen=True, kw_only=True):
+    """One policy as it was applied: which engines judge by it, and what they can read. Every set must allow."""
 
+    name: str = "policies"  # as its author knows it, such as namespace/readers or cluster/no-deletes
+    path: Annotated[str, msgspec.Meta(pattern=r"^(sets/(namespace|cluster)/[a-z0-9.-]{1,253}/)?\Z")] = (
+        ""  # of its files
+    )
+    mode: Literal["enforce", "shadow"] = "enforce"  # shadow: judges beside the others, and nothing follows from it
+    grants: bool = True  # False: a guard rail, which can deny; where nothing else grants, nothing is allowed
+    vocabulary: Literal["sidegate", "toolhive"] = "sidegate"  # of its Cedar policies
     cedar: bool = False
     rego: bool = False
     reads: tuple[str, ...] | None = None  # input paths; None: not provable, hand over the whole document
@@ -198,7 +207,7 @@ class Profile(Record, frozen=True, kw_only=True):
     limits: tuple[Limit, ...] = ()
     audit: Audit = Audit()
     telemetry: Telemetry = Telemetry()
-    policies: Policies = Policies()
+    policies: tuple[PolicySet, ...] = ()
     agent: AgentRole | None = None  # in agent role; `server` is then the agent itself, and its port is not used
     denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown
 
@@ -207,7 +216,7 @@ def decode(data: bytes) -> Profile:
     """Return the profile in *data*; raises BundleError naming the field and what is expected there."""
     try:
         return msgspec.json.decode(data, type=Profile)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"sidegate.json: {error}") from error
 
 

@@ -206,7 +206,8 @@ class _Instance:
             store.set_fuel(self._fuel + FUEL_PER_BYTE * len(document))
             result = self._evaluate(0, self.entrypoints[entrypoint], self._data, heap, len(document), end, 0)
             return self._text(result)
-        except (wasmtime.WasmtimeError, wasmtime.Trap, ValueError) as error:
+        except (wasmtime.WasmtimeError, wasmtime.Trap, Trap, ValueError) as error:
+            error.__traceback__ = None  # the package's frames hold their exception, and so would hold us
             raise Trap(_cause(error)) from error
 
     def _address(self) -> int:

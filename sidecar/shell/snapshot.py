@@ -12,10 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from sidecar.core.authorise import Engine
-from sidecar.core.bundle import Bundle
+from sidecar.core.bundle import WASM, Bundle
 from sidecar.core.dpop import Proofs
-from sidecar.core.engines import engines
+from sidecar.core.engines import Engines, engines
 from sidecar.core.identity import Keys, trust
 from sidecar.core.workload import WorkloadTokens
 from sidecar.errors import BundleError
@@ -25,7 +24,6 @@ from sidecar.shell.serving import Serving
 log = logging.getLogger(__name__)
 
 COMPILE_S: Final = 30.0  # of policy.wasm in a child; half a second on an idle core
-WASM: Final = "policy.wasm"
 
 
 class Snapshots:
@@ -36,7 +34,7 @@ class Snapshots:
         self._hosts = hosts
         self._work_dir = work_dir
         self._bundle: Bundle | None = None
-        self._engines: tuple[Engine, ...] = ()
+        self._engines = Engines()
         self._keys: Keys = {}
         self._tokens: WorkloadTokens | None = None
         self._proofs = Proofs(nonce_key=secrets.token_bytes(32))
@@ -65,29 +63,38 @@ class Snapshots:
         self._serving.snapshot = Snapshot(
             profile=profile,
             revision=self._bundle.revision,
-            engines=self._engines,
+            engines=self._engines.enforced,
+            shadows=self._engines.shadows,
             trust=trust(profile.identity, self._keys, self._tokens, self._proofs),
             hosts=self._hosts.union(profile.server.hosts),  # each says under which names we are known
         )
 
 
-async def _load(bundle: Bundle, work_dir: str | None) -> tuple[Engine, ...]:
-    """Return the bundle's engines; its WebAssembly is compiled in a child, whose 20 MB end with it."""
-    if WASM not in bundle.files:
-        return engines(bundle)
+async def _load(bundle: Bundle, work_dir: str | None) -> Engines:
+    """Return the bundle's engines; its WebAssembly is compiled in children, whose 20 MB end with them."""
+    sources = {each.path: bundle.files[each.path + WASM] for each in bundle.profile.policies if each.rego}
     with tempfile.TemporaryDirectory(prefix="sidegate-", dir=work_dir) as directory:
-        source, compiled = Path(directory, WASM), Path(directory, "policy.cwasm")
-        source.write_bytes(bundle.files[WASM])
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar.shell.precompile", str(source), str(compiled), stderr=asyncio.subprocess.PIPE
-        )
-        try:
-            async with asyncio.timeout(COMPILE_S):
-                _, errors = await child.communicate()
-        except TimeoutError as error:
-            child.kill()
-            await child.wait()
-            raise BundleError(f"{WASM}: compiling took longer than {COMPILE_S:g} s") from error
-        if child.returncode != 0:
-            raise BundleError(f"{WASM}: {errors.decode(errors='replace').strip()[-500:]}")
-        return engines(bundle, compiled=str(compiled))
+        compiled = {}
+        for number, (path, wasm) in enumerate(sources.items()):
+            compiled[path] = str(await _compile(wasm, Path(directory, str(number))))
+        return engines(bundle, compiled=compiled)
+
+
+async def _compile(wasm: bytes, directory: Path) -> Path:
+    """Return the file, in the new *directory*, that holds *wasm* as machine code; raises BundleError."""
+    directory.mkdir()
+    source, compiled = directory / WASM, directory / "policy.cwasm"
+    source.write_bytes(wasm)
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar.shell.precompile", str(source), str(compiled), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(COMPILE_S):
+            _, errors = await child.communicate()
+    except TimeoutError as error:
+        child.kill()
+        await child.wait()
+        raise BundleError(f"{WASM}: compiling took longer than {COMPILE_S:g} s") from error
+    if child.returncode != 0:
+        raise BundleError(f"{WASM}: {errors.decode(errors='replace').strip()[-500:]}")
+    return compiled

@@ -64,6 +64,7 @@ def test_refused_call_says_what_was_asked_and_never_sent() -> None:
         "reason": "denied",
         "detail": "forbid-deletes",
         "policies": [],
+        "shadow": [],
         "revision": "a1b2",
     }
     assert record["message"]["tool"] == "drop_table"

@@ -28,7 +28,7 @@ from certs.verify import TrustBundles
 from certs.workload import Timing, WorkloadState, X509Source
 from sidecar.config import Settings
 from sidecar.core.bundle import Bundle
-from sidecar.core.profile import Identity, Policies, Profile, Server
+from sidecar.core.profile import Identity, PolicySet, Profile, Server
 from sidecar.shell.app import App
 from tests.builders import a_call
 from tests.certs.agents import running
@@ -104,7 +104,7 @@ async def a_sidecar(agent: SpireAgent, upstream: int, folder: Path, **identity: 
     profile = Profile(
         server=Server(namespace="pay", workload="billing", name="billing", port=upstream),
         identity=Identity(mtls="strict", user="optional", callers=("spiffe://b.test/ns/*/sa/bot",), **identity),  # type: ignore[arg-type]
-        policies=Policies(cedar=True),
+        policies=(PolicySet(cedar=True),),
     )
     bundle = Bundle(revision="r1", files={"cedar/all.cedar": b"permit(principal, action, resource);"}, profile=profile)
     settings = Settings(

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import cedarpy
 import msgspec
@@ -47,6 +47,7 @@ CEDAR_ENTITIES: Final = tuple(
         *("workload", "server", "method", "tool.name", "prompt.name", "resource"),
     )
 )
+TOOLHIVE_READS: Final = ("/user", "/method", "/tool", "/prompt", "/resource", "/server/name")
 _TOKEN: Final = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|\w+|&&|\|\||::|[=!<>]=|\S')
 # `context.<member>` of Cedar is found here in the document.
 CEDAR_CONTEXT: Final = {
@@ -64,8 +65,13 @@ VOLATILE: Final = ("/request/time", "/request/trace_id")  # never twice the same
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policies:
-    """Policies for one workload: file name without directory -> text."""
+    """One policy as it was applied: file name without directory -> text. The first fields are those of PolicySet."""
 
+    name: str = "policies"
+    path: str = ""
+    mode: Literal["enforce", "shadow"] = "enforce"
+    grants: bool = True
+    vocabulary: Literal["sidegate", "toolhive"] = "sidegate"
     cedar: Mapping[str, str] = field(default_factory=dict)
     rego: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -97,33 +103,48 @@ def capabilities(current: bytes) -> bytes:
     return json.dumps(document).encode()
 
 
-def files(policies: Policies, profile: profiles.Profile, compiled: Sequence[Compiled]) -> dict[str, bytes]:
+def files(
+    policies: Sequence[Policies], profile: profiles.Profile, compiled: Sequence[Sequence[Compiled]]
+) -> dict[str, bytes]:
     """Return the files of the bundle, in order; the profile in it says what the engines may leave out.
 
-    Raises BadPolicy for a profile that no sidecar would accept.
+    *compiled* is what the compilers found of each of *policies*. Raises BadPolicy for a profile that no sidecar would
+    accept.
     """
-    parts = [each.reads for each in compiled]
-    reads = None if any(part is None for part in parts) else frozenset().union(*(part for part in parts if part))
-    is_pure = all(each.is_pure for each in compiled) and reads is not None and not _overlap(reads, VOLATILE)
-    announced = profiles.Policies(
-        cedar=bool(policies.cedar),
-        rego=bool(policies.rego),
-        reads=None if reads is None else tuple(sorted(reads)),
-        pure=is_pure,
-    )
-    made = policies.rego_files()
-    made |= {f"cedar/{name}": text.encode() for name, text in policies.cedar.items()}
-    if policies.cedar and policies.schema is not None:
-        made[SCHEMA] = policies.schema.encode()
-    for each in compiled:
-        if each.wasm is not None:
-            made[WASM] = each.wasm
+    made: dict[str, bytes] = {}
+    for each, found in zip(policies, compiled, strict=True):
+        inner = each.rego_files()
+        inner |= {f"cedar/{name}": text.encode() for name, text in each.cedar.items()}
+        if each.cedar and each.schema is not None:
+            inner[SCHEMA] = each.schema.encode()
+        for one in found:
+            if one.wasm is not None:
+                inner[WASM] = one.wasm
+        made |= {each.path + name: content for name, content in inner.items()}
+    announced = tuple(_announced(each, found) for each, found in zip(policies, compiled, strict=True))
     made[PROFILE] = profiles.encode(msgspec.structs.replace(profile, policies=announced))
     try:
         profiles.decode(made[PROFILE])  # made from values that nobody checked as a whole
     except BundleError as error:
         raise BadPolicy("bundle", str(error)) from error
     return dict(sorted(made.items()))
+
+
+def _announced(policies: Policies, compiled: Sequence[Compiled]) -> profiles.PolicySet:
+    parts = [each.reads for each in compiled]
+    reads = None if any(part is None for part in parts) else frozenset().union(*(part for part in parts if part))
+    is_pure = all(each.is_pure for each in compiled) and reads is not None and not _overlap(reads, VOLATILE)
+    return profiles.PolicySet(
+        name=policies.name,
+        path=policies.path,
+        mode=policies.mode,
+        grants=policies.grants,
+        vocabulary=policies.vocabulary,
+        cedar=bool(policies.cedar),
+        rego=bool(policies.rego),
+        reads=None if reads is None else tuple(sorted(reads)),
+        pure=is_pure,
+    )
 
 
 def _overlap(reads: Iterable[str], paths: Iterable[str]) -> bool:
@@ -203,7 +224,7 @@ def opa_error(output: bytes) -> BadPolicy:
 # --- Cedar ---
 
 
-def cedar(policies: Mapping[str, str], schema: str | None = None) -> Compiled:
+def cedar(policies: Mapping[str, str], schema: str | None = None, *, vocabulary: str = "sidegate") -> Compiled:
     """Return what *policies*, file name -> text, read; raises BadPolicy for what does not parse or validate.
 
     The parser is native code that can be made to crash (deep nesting): run this in a child (webhook/shell/cedar.py).
@@ -225,6 +246,8 @@ def cedar(policies: Mapping[str, str], schema: str | None = None) -> Compiled:
                 reads |= {pointer((*base.split("."), *path[1:])) for base in CEDAR_CONTEXT[path[0]]}
             else:
                 is_proven = is_proven and bool(path)  # a member that is not there reads nothing; context itself, all
+    if vocabulary == "toolhive":  # whose entities hold all claims and arguments, in attributes of their own
+        return Compiled(reads=frozenset(TOOLHIVE_READS))
     return Compiled(reads=frozenset(reads) if is_proven else None)
 
 

@@ -11,10 +11,25 @@ from typing import Final, Literal
 
 import msgspec
 
-from sidecar.core.profile import Audit, ClaimPaths, Identity, Limit, Profile, Provider, Server, Telemetry
+from sidecar.config import EGRESS_PORT, STDIO_PORT
+from sidecar.core.profile import (
+    AgentRole,
+    Audit,
+    ClaimPaths,
+    Destination,
+    Identity,
+    Limit,
+    Profile,
+    Provider,
+    Server,
+    Telemetry,
+    Transport,
+)
 from webhook.core import annotations
+from webhook.core.compile import Policies
 from webhook.core.pod import Pod, workload
 from webhook.core.resources import (
+    ClusterPolicySpec,
     IdentityProviderSpec,
     LimitSpec,
     PolicySpec,
@@ -33,6 +48,7 @@ class Defaults:
 
     mtls: Literal["strict", "permissive"] = "strict"
     user: Literal["required", "optional"] = "required"
+    jwt_svid: Literal["off", "allowed"] = "off"
     audit: Audit = field(default_factory=Audit)
     telemetry: Telemetry = field(default_factory=Telemetry)
 
@@ -51,13 +67,25 @@ class Effective:
     """What is compiled into one bundle. *notes* are for the authors of the resources."""
 
     profile: Profile
-    policies: Mapping[str, PolicySpec]
+    policies: tuple[Policies, ...]
     notes: tuple[str, ...] = ()
 
 
+def is_agent(labels: Mapping[str, str]) -> bool:
+    """Say whether a pod with *labels* calls MCP servers, and is none."""
+    return labels.get(annotations.AGENT) == "true"
+
+
 def select_profile(labels: dict[str, str], profiles: Mapping[str, ServerProfileSpec]) -> ServerProfileSpec | None:
-    """Return the profile for a pod with *labels*, if any; raises Denial(PROFILE_AMBIGUOUS) when there are two."""
-    names = sorted(name for name, spec in profiles.items() if spec.selector.matches(labels))
+    """Return the profile for a pod with *labels*, if any; raises Denial(PROFILE_AMBIGUOUS) when there are two.
+
+    A profile with `agent` is for agents, and every other for servers.
+    """
+    names = sorted(
+        name
+        for name, spec in profiles.items()
+        if (spec.agent is not None) is is_agent(labels) and spec.selector.matches(labels)
+    )
     if len(names) > 1:
         raise Denial(
             DenyCode.PROFILE_AMBIGUOUS,
@@ -66,12 +94,19 @@ def select_profile(labels: dict[str, str], profiles: Mapping[str, ServerProfileS
     return profiles[names[0]] if names else None
 
 
+def resolve_transport(asked: annotations.Overrides, profile: ServerProfileSpec | None) -> Transport:
+    """Return how the application speaks MCP."""
+    return asked.transport or (profile.server.transport if profile else "http")
+
+
 def resolve_port(pod: Pod, asked: annotations.Overrides, profile: ServerProfileSpec | None) -> int:
     """Return the port on which *pod* (without our own parts) speaks MCP; raises Denial(PORT_UNKNOWN)."""
     if asked.port:
         return asked.port
     if profile and profile.server.port:
         return profile.server.port
+    if resolve_transport(asked, profile) == "stdio":
+        return STDIO_PORT
     ports = _tcp_ports(pod)
     named = sorted({number for number, name in ports if name == MCP_PORT_NAME})
     numbers = named or sorted({number for number, _ in ports})
@@ -91,10 +126,13 @@ def combine(
     resources: NamespaceResources,
     providers: Mapping[str, IdentityProviderSpec],
     defaults: Defaults,
+    guard_rails: Mapping[str, ClusterPolicySpec] | None = None,
 ) -> Effective:
     """Return what *pod* (without our own parts) of *namespace* gets. Raises BadResource or Denial."""
     asked = annotations.read(pod.annotations)
     profile = select_profile(pod.labels, resources.profiles)
+    if is_agent(pod.labels):
+        return _agent(pod, namespace, profile, defaults)
     server = profile.server if profile else ServerSpec()
     name = workload(pod).name
     identity, notes = _identity(profile, providers, defaults)
@@ -106,6 +144,8 @@ def combine(
                 name=server.name or name or namespace,
                 version=server.version,
                 port=resolve_port(pod, asked, profile),
+                transport=resolve_transport(asked, profile),
+                processes=server.processes,
                 paths=asked.paths or server.paths,
                 hosts=server.hosts,
                 origins=server.origins,
@@ -119,8 +159,52 @@ def combine(
             telemetry=_telemetry(profile, defaults.telemetry),
             denied=profile.denied if profile else "error",
         ),
-        policies={key: spec for key, spec in sorted(resources.policies.items()) if spec.selector.matches(pod.labels)},
+        policies=_policies(pod.labels, namespace, resources.policies, guard_rails or {}),
         notes=notes,
+    )
+
+
+def _agent(pod: Pod, namespace: str, profile: ServerProfileSpec | None, defaults: Defaults) -> Effective:
+    """Return what an agent gets: whom it may meet. What it may do there is judged at the servers."""
+    name = workload(pod).name
+    servers = profile.agent.servers if profile and profile.agent else ()
+    return Effective(
+        profile=Profile(
+            server=Server(namespace=namespace, workload=name, name=name or namespace, port=EGRESS_PORT),
+            agent=AgentRole(servers=tuple(Destination(host=each.host, port=each.port, id=each.id) for each in servers)),
+            audit=_audit(profile, defaults.audit),
+            telemetry=_telemetry(profile, defaults.telemetry),
+        ),
+        policies=(),
+    )
+
+
+def _policies(
+    labels: dict[str, str],
+    namespace: str,
+    policies: Mapping[str, PolicySpec],
+    guard_rails: Mapping[str, ClusterPolicySpec],
+) -> tuple[Policies, ...]:
+    """Return what selects the pod, each by itself: what one forbids, no other allows."""
+    own = [(f"namespace/{name}", spec) for name, spec in sorted(policies.items()) if spec.selector.matches(labels)]
+    rails = [
+        (f"cluster/{name}", spec)
+        for name, spec in sorted(guard_rails.items())
+        if spec.selector.matches(labels) and (not spec.namespaces or namespace in spec.namespaces)
+    ]
+    # One policy alone lies where OPA's own tools look for it.
+    is_alone = len(own) == 1 and not rails and own[0][1].mode == "enforce"
+    return tuple(
+        Policies(
+            name=key,
+            path="" if is_alone else f"sets/{key}/",
+            mode=spec.mode,
+            grants=key.startswith("namespace/"),
+            vocabulary=spec.vocabulary,
+            cedar={f"{key.partition('/')[2]}.cedar": spec.cedar} if spec.cedar else {},
+            rego={f"{key.partition('/')[2]}.rego": spec.rego} if spec.rego else {},
+        )
+        for key, spec in (*own, *rails)
     )
 
 
@@ -141,6 +225,8 @@ def _identity(
     wish, notes = profile.identity, []
     if wish.mtls == "permissive" and defaults.mtls == "strict":
         notes.append("spec.identity.mtls: permissive is looser than the cluster's strict, which holds")
+    if wish.jwt_svid == "allowed" and defaults.jwt_svid == "off":
+        notes.append("spec.identity.jwtSvid: allowed is looser than the cluster's off, which holds")
     if wish.user == "optional" and defaults.user == "required":
         notes.append("spec.identity.user: optional is looser than the cluster's required, which holds")
     return (
@@ -148,6 +234,7 @@ def _identity(
             mtls="strict" if "strict" in (wish.mtls, defaults.mtls) else "permissive",
             user="required" if "required" in (wish.user, defaults.user) else "optional",
             callers=wish.callers,
+            jwt_svid="allowed" if wish.jwt_svid == defaults.jwt_svid == "allowed" else "off",
             providers=tuple(_provider(each, providers) for each in wish.providers),
         ),
         tuple(notes),

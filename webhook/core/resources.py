@@ -63,6 +63,8 @@ class ServerSpec(Record, frozen=True, kw_only=True):
     name: Name | None = None
     version: str = ""
     port: profile.Port | None = None
+    transport: profile.Transport = "http"
+    processes: profile.Processes = "session"
     paths: Annotated[tuple[profile.Path, ...], msgspec.Meta(min_length=1)] = ("/mcp",)
     hosts: tuple[profile.Host, ...] = ()
     origins: tuple[profile.Origin, ...] = ()
@@ -82,7 +84,22 @@ class IdentitySpec(Record, frozen=True, kw_only=True):
     mtls: Literal["strict", "permissive"] | None = None
     user: Literal["required", "optional"] | None = None
     callers: tuple[Annotated[str, msgspec.Meta(max_length=2048)], ...] = ()
+    jwt_svid: Literal["off", "allowed"] = "off"
     providers: tuple[ProviderReference, ...] = ()
+
+
+class DestinationSpec(Record, frozen=True, kw_only=True):
+    """An MCP server that agents call."""
+
+    host: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]+$", max_length=253)]
+    port: profile.Port
+    id: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+
+
+class AgentSpec(Record, frozen=True, kw_only=True):
+    """The pods that are selected are agents: their calls to these servers leave with their identity."""
+
+    servers: Annotated[tuple[DestinationSpec, ...], msgspec.Meta(min_length=1)]
 
 
 class AuditSpec(Record, frozen=True, kw_only=True):
@@ -109,6 +126,7 @@ class ServerProfileSpec(Record, frozen=True, kw_only=True):
     denied: Literal["error", "tool_error", "conceal"] = "error"
     server: ServerSpec = ServerSpec()
     identity: IdentitySpec = IdentitySpec()
+    agent: AgentSpec | None = None
     audit: AuditSpec = AuditSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
 
@@ -117,8 +135,16 @@ class PolicySpec(Record, frozen=True, kw_only=True):
     """`MCPPolicy`: rules in either language or both; each engine present must allow."""
 
     selector: Selector
+    mode: Literal["enforce", "shadow"] = "enforce"
+    vocabulary: Literal["sidegate", "toolhive"] = "sidegate"
     cedar: str | None = None
     rego: str | None = None
+
+
+class ClusterPolicySpec(PolicySpec, frozen=True, kw_only=True):
+    """`ClusterMCPPolicy`: a guard rail. It must allow as well; alone it opens nothing."""
+
+    namespaces: tuple[Name, ...] = ()
 
 
 class LimitSpec(Record, frozen=True, kw_only=True):
@@ -154,7 +180,7 @@ class IdentityProviderSpec(Record, frozen=True, kw_only=True):
     claims: ClaimsSpec = ClaimsSpec()
 
 
-Spec = TypeVar("Spec", ServerProfileSpec, PolicySpec, LimitSpec, IdentityProviderSpec)
+Spec = TypeVar("Spec", ServerProfileSpec, PolicySpec, ClusterPolicySpec, LimitSpec, IdentityProviderSpec)
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,9 +193,10 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 SERVER_PROFILE: Final = Kind(name="MCPServerProfile", plural="mcpserverprofiles", spec=ServerProfileSpec)
 POLICY: Final = Kind(name="MCPPolicy", plural="mcppolicies", spec=PolicySpec)
+CLUSTER_POLICY: Final = Kind(name="ClusterMCPPolicy", plural="clustermcppolicies", spec=ClusterPolicySpec)
 LIMIT: Final = Kind(name="MCPLimit", plural="mcplimits", spec=LimitSpec)
 IDENTITY_PROVIDER: Final = Kind(name="IdentityProvider", plural="identityproviders", spec=IdentityProviderSpec)
-KINDS: Final = (SERVER_PROFILE, POLICY, LIMIT, IDENTITY_PROVIDER)
+KINDS: Final = (SERVER_PROFILE, POLICY, CLUSTER_POLICY, LIMIT, IDENTITY_PROVIDER)
 
 
 def label_of(kind: Kind, resource: JSON) -> str:
@@ -189,11 +216,28 @@ def decode(kind: Kind, resource: JSON, spec: type[Spec]) -> Spec:
     match decoded:
         case ServerProfileSpec():
             for index, caller in enumerate(decoded.identity.callers):
-                try:
-                    SpiffePattern.parse(caller)
-                except BadSpiffeId as error:
-                    raise BadResource(label, f"spec.identity.callers[{index}]: {error}") from error
+                _check_pattern(label, f"spec.identity.callers[{index}]", caller)
+            for index, server in enumerate(decoded.agent.servers if decoded.agent else ()):
+                if server.id:
+                    _check_pattern(label, f"spec.agent.servers[{index}].id", server.id)
+                elif not _is_service(server.host):
+                    raise BadResource(
+                        label, f"spec.agent.servers[{index}].id: needed, as {server.host} is no Service of this cluster"
+                    )
         case PolicySpec():
             if not (decoded.cedar or decoded.rego):
                 raise BadResource(label, "spec: one of cedar and rego must be given")
     return decoded
+
+
+def _check_pattern(label: str, field: str, pattern: str) -> None:
+    try:
+        SpiffePattern.parse(pattern)
+    except BadSpiffeId as error:
+        raise BadResource(label, f"{field}: {error}") from error
+
+
+def _is_service(host: str) -> bool:
+    """Say whether *host* names a Service, whose namespace then says whom to expect there."""
+    labels = host.lower().removesuffix(".").split(".")
+    return len(labels) <= 2 or labels[2] == "svc"

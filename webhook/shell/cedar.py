@@ -16,7 +16,9 @@ DEADLINE_S = 10.0
 
 async def compile(policies: compiler.Policies) -> compiler.Compiled:  # noqa: A001 - as Opa.compile; no call of the builtin
     """Return what the Cedar policies read; raises BadPolicy with file, line and column."""
-    asked = json.dumps({"policies": dict(policies.cedar), "schema": policies.schema}).encode()
+    asked = json.dumps(
+        {"policies": dict(policies.cedar), "schema": policies.schema, "vocabulary": policies.vocabulary}
+    ).encode()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "webhook.shell.cedar"),
@@ -46,7 +48,7 @@ def main() -> None:
     """Answer the question on standard input."""
     asked = json.load(sys.stdin)
     try:
-        reads = compiler.cedar(asked["policies"], asked["schema"]).reads
+        reads = compiler.cedar(asked["policies"], asked["schema"], vocabulary=asked["vocabulary"]).reads
     except BadPolicy as error:
         answer = {"file": error.file, "message": error.message, "line": error.line, "column": error.column}
     else:

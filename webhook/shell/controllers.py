@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,14 @@ from webhook.core.annotations import INJECTED
 from webhook.core.compile import Policies
 from webhook.core.effective import Defaults, Effective, NamespaceResources, combine
 from webhook.core.pod import JSON, Pod
-from webhook.core.resources import IdentityProviderSpec, Kind, LimitSpec, PolicySpec, ServerProfileSpec
+from webhook.core.resources import (
+    ClusterPolicySpec,
+    IdentityProviderSpec,
+    Kind,
+    LimitSpec,
+    PolicySpec,
+    ServerProfileSpec,
+)
 from webhook.errors import BadPolicy, BadResource, Denial
 from webhook.shell.admission import NotReady
 from webhook.shell.bundles import Bundles, PodKey, Published
@@ -36,7 +43,7 @@ RETRY_S: Final = 30.0  # for what may succeed without a change: a compiler that 
 MAX_COMPILED: Final = 2048  # workloads whose bundle is remembered; a few KB each, some 100 KB with Rego
 PODS: Final = "/api/v1/pods"
 
-Compile = Callable[[Policies, profile.Profile], Awaitable[Mapping[str, bytes]]]
+Compile = Callable[[Sequence[Policies], profile.Profile], Awaitable[Mapping[str, bytes]]]
 Key = tuple[str, str]
 """Namespace ("" for cluster-scoped kinds) and name."""
 
@@ -87,6 +94,10 @@ class Catalogue:
             policies=self._in(resources.POLICY, name, PolicySpec),
             limits=self._in(resources.LIMIT, name, LimitSpec),
         )
+
+    def guard_rails(self) -> Mapping[str, ClusterPolicySpec]:
+        """Return the cluster's policies. Raises BadResource."""
+        return self._in(resources.CLUSTER_POLICY, "", ClusterPolicySpec)
 
     def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:
         """Return the profiles of *namespace*. Raises BadResource."""
@@ -249,16 +260,17 @@ class Controller:
         if tracked.pod is None:
             raise BadResource(f"Pod {'/'.join(pod)}", tracked.problem)
         return combine(
-            tracked.pod, pod[0], self._catalogue.namespace(pod[0]), self._catalogue.providers(), self._defaults
+            tracked.pod,
+            pod[0],
+            self._catalogue.namespace(pod[0]),
+            self._catalogue.providers(),
+            self._defaults,
+            self._catalogue.guard_rails(),
         )
 
     async def _published(self, effective: Effective, failed: dict[str, str]) -> Published:
         """Return the bundle for *effective*, compiled only if it was not before. Raises BadPolicy."""
-        policies = Policies(
-            cedar={f"{name}.cedar": spec.cedar for name, spec in effective.policies.items() if spec.cedar},
-            rego={f"{name}.rego": spec.rego for name, spec in effective.policies.items() if spec.rego},
-        )
-        content = msgspec.json.encode([effective.profile, policies.cedar, policies.rego], order="sorted")
+        content = msgspec.json.encode([effective.profile, effective.policies], order="sorted")
         digest = hashlib.sha256(content).hexdigest()
         if digest in self._compiled:
             self._compiled.move_to_end(digest)
@@ -266,7 +278,7 @@ class Controller:
         if digest in failed:
             raise BadPolicy("bundle", failed[digest])
         try:
-            files = await self._compile_files(policies, effective.profile)
+            files = await self._compile_files(effective.policies, effective.profile)
         except (BadPolicy, OSError) as error:  # OSError: the opa program cannot be run
             self._metrics.compilations.labels("failed").inc()
             failed[digest] = str(error)

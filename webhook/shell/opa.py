@@ -10,7 +10,7 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -98,13 +98,16 @@ class Opa:
         return output
 
 
-async def files(policies: compiler.Policies, profile: profiles.Profile, opa: Opa) -> dict[str, bytes]:
+async def files(policies: Sequence[compiler.Policies], profile: profiles.Profile, opa: Opa) -> dict[str, bytes]:
     """Return the files of the bundle that holds *policies* and *profile*; raises BadPolicy."""
-    compiled: list[compiler.Compiled] = []
-    if policies.rego:
-        compiled.append(await opa.compile(policies))
-    if policies.cedar:
-        compiled.append(await cedar.compile(policies))
+    compiled: list[list[compiler.Compiled]] = []
+    for each in policies:
+        found: list[compiler.Compiled] = []
+        if each.rego:
+            found.append(await opa.compile(each))
+        if each.cedar:
+            found.append(await cedar.compile(each))
+        compiled.append(found)
     return compiler.files(policies, profile, compiled)
 
 

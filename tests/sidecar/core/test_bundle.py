@@ -27,7 +27,7 @@ KEY = ec.derive_private_key(1234567, ec.SECP256R1())
 PUBLIC = KEY.public_key()
 OTHER = ec.derive_private_key(7654321, ec.SECP256R1())
 FILES: Mapping[str, bytes] = {
-    "sidegate.json": profile.encode(profile.Profile(server=SERVER, policies=profile.Policies(cedar=True))),
+    "sidegate.json": profile.encode(profile.Profile(server=SERVER, policies=(profile.PolicySet(cedar=True),))),
     "cedar/a.cedar": b"permit (principal, action, resource);",
     "cedar/schema.cedarschema": b"entity User;",
     "policy/deep/a.rego": b"package mcp.authz\n",
@@ -245,8 +245,12 @@ def test_a_bundle_without_profile_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"cedar/a.cedar": None}, "policies.cedar is True, but the bundle says False"),
-        ({"policy.wasm": b"\0asm"}, "policies.rego is False, but the bundle says True"),
+        ({"cedar/a.cedar": None}, "policies: cedar of the root is announced: True, there: False"),
+        ({"sets/cluster/x/cedar/a.cedar": b""}, "policies: cedar of sets/cluster/x/ is announced: False, there: True"),
+        ({"sets/namespace/x/policy.wasm": b""}, "policies: rego of sets/namespace/x/ is announced: False, there: True"),
+        ({"sets/elsewhere/x/policy.wasm": b""}, "no such file in a bundle"),
+        ({"sets/cluster/x/sidegate.json": b""}, "no such file in a bundle"),
+        ({"policy.wasm": b"\0asm"}, "policies: rego of the root is announced: False, there: True"),
     ],
 )
 def test_a_policy_that_is_not_announced_is_refused(changes: dict[str, bytes | None], reason: str) -> None:

@@ -14,7 +14,7 @@ from sidecar.core.profile import (
     ClaimPaths,
     Identity,
     Limit,
-    Policies,
+    PolicySet,
     Profile,
     Provider,
     Telemetry,
@@ -72,7 +72,10 @@ PROFILES = st.builds(
         max_bytes=st.integers(0, 2**20),
     ),
     telemetry=st.builds(Telemetry, otlp_endpoint=st.none() | TEXT, content=st.booleans()),
-    policies=st.builds(Policies, cedar=st.booleans(), rego=st.booleans(), reads=st.none() | TEXTS, pure=st.booleans()),
+    policies=st.lists(
+        st.builds(PolicySet, cedar=st.booleans(), rego=st.booleans(), reads=st.none() | TEXTS, pure=st.booleans()),
+        max_size=2,
+    ).map(tuple),
 )
 
 LEAST = b'{"format":1,"server":{"namespace":"pay","workload":"billing","name":"billing","port":8000}}'

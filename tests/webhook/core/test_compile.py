@@ -22,13 +22,13 @@ PERMIT = "permit (principal, action, resource);"
 
 def announced(*compiled: Compiled, policies: Policies | None = None) -> Any:
     """Return what the profile in the bundle says of its policies."""
-    return decode(files(policies or Policies(), PROFILE, compiled)["sidegate.json"]).policies
+    return decode(files([policies or Policies()], PROFILE, [compiled])["sidegate.json"]).policies[0]
 
 
 def test_the_files_of_a_bundle_in_order() -> None:
     """Both languages, the schema, the data, the module and the profile, sorted by name."""
     policies = Policies(cedar={"b.cedar": PERMIT}, rego={"a.rego": "package x"}, data={"k": 1}, schema="entity User;")
-    made = files(policies, PROFILE, [Compiled(reads=frozenset(), wasm=b"wasm")])
+    made = files([policies], PROFILE, [[Compiled(reads=frozenset(), wasm=b"wasm")]])
 
     assert list(made) == [
         "cedar/b.cedar",
@@ -43,7 +43,7 @@ def test_the_files_of_a_bundle_in_order() -> None:
 
 def test_without_policies_the_bundle_is_the_profile() -> None:
     """Data without Rego and a schema without Cedar are nobody's."""
-    assert list(files(Policies(data={"k": 1}, schema="x"), PROFILE, [])) == ["sidegate.json"]
+    assert list(files([Policies(data={"k": 1}, schema="x")], PROFILE, [[]])) == ["sidegate.json"]
 
 
 def test_engines_are_announced() -> None:
@@ -94,7 +94,7 @@ def test_a_profile_that_no_sidecar_accepts_is_not_published(changes: dict[str, A
     limits, identity = changes.get("limits", ()), Identity(providers=changes.get("providers", ()))
 
     with pytest.raises(BadPolicy, match=reason):
-        files(Policies(), msgspec.structs.replace(PROFILE, limits=limits, identity=identity), [])
+        files([], msgspec.structs.replace(PROFILE, limits=limits, identity=identity), [])
 
 
 def test_capabilities_hold_what_the_sidecar_can_run() -> None:

@@ -9,8 +9,8 @@ from sidecar.core.profile import Audit, Identity, Telemetry
 from webhook.core import pod as pods
 from webhook.core import resources
 from webhook.core.annotations import Overrides
-from webhook.core.effective import Defaults, Effective, NamespaceResources, combine, resolve_port
-from webhook.core.resources import IdentityProviderSpec, LimitSpec, PolicySpec, ServerProfileSpec
+from webhook.core.effective import Defaults, Effective, NamespaceResources, combine, resolve_port, select_profile
+from webhook.core.resources import ClusterPolicySpec, IdentityProviderSpec, LimitSpec, PolicySpec, ServerProfileSpec
 from webhook.errors import BadResource, Denial, DenyCode
 
 CORP = msgspec.convert({"issuer": "https://idp.test"}, type=IdentityProviderSpec)
@@ -43,7 +43,14 @@ def combined(
         policies=others.get("policies", {}),
         limits=others.get("limits", {}),
     )
-    return combine(pod or a_pod(), "payments", given, {"corp": CORP, "narrow": NARROW}, defaults or Defaults())
+    return combine(
+        pod or a_pod(),
+        "payments",
+        given,
+        {"corp": CORP, "narrow": NARROW},
+        defaults or Defaults(),
+        others.get("guard_rails"),
+    )
 
 
 def test_workload_that_nobody_described_lets_nobody_in() -> None:
@@ -51,7 +58,7 @@ def test_workload_that_nobody_described_lets_nobody_in() -> None:
     got = combined()
 
     assert got.profile.identity == Identity(mtls="strict", user="required", callers=(), providers=())
-    assert got.policies == {}
+    assert got.policies == ()
     assert (got.profile.server.namespace, got.profile.server.workload, got.profile.server.name) == (
         "payments",
         "ledger",
@@ -135,8 +142,34 @@ def test_policies_and_limits_are_those_that_select_the_pod() -> None:
     }
     got = combined(policies=policies, limits=limits)
 
-    assert list(got.policies) == ["a", "b"]
+    assert [each.name for each in got.policies] == ["namespace/a", "namespace/b"]
     assert [(each.name, each.rate_per_s, each.burst) for each in got.profile.limits] == [("y", 5.0, 10)]
+
+
+def rule(**spec: Any) -> Any:
+    """Return the spec of a policy that selects every pod."""
+    kind = ClusterPolicySpec if "namespaces" in spec else PolicySpec
+    return msgspec.convert({"selector": {}, "cedar": "permit(principal, action, resource);"} | spec, type=kind)
+
+
+def test_one_policy_alone_lies_where_opas_tools_look_for_it() -> None:
+    """At the root of the bundle; in shadow it is not the one that decides."""
+    assert [each.path for each in combined(policies={"a": rule()}).policies] == [""]
+    assert [each.path for each in combined(policies={"a": rule(mode="shadow")}).policies] == ["sets/namespace/a/"]
+
+
+def test_each_of_several_policies_is_a_set_of_its_own() -> None:
+    """Guard rails among them grant nothing, and are those of the pod's namespace."""
+    rails = {"here": rule(namespaces=["payments"]), "all": rule(namespaces=[]), "elsewhere": rule(namespaces=["x"])}
+
+    got = combined(policies={"a": rule(vocabulary="toolhive", rego="package mcp.authz")}, guard_rails=rails).policies
+
+    assert [(each.name, each.path, each.grants) for each in got] == [
+        ("namespace/a", "sets/namespace/a/", True),
+        ("cluster/all", "sets/cluster/all/", False),
+        ("cluster/here", "sets/cluster/here/", False),
+    ]
+    assert (list(got[0].cedar), list(got[0].rego), got[0].vocabulary) == (["a.cedar"], ["a.rego"], "toolhive")
 
 
 def test_two_profiles_for_one_pod_are_refused() -> None:
@@ -200,4 +233,44 @@ def test_names_pages_and_the_shape_of_denials_are_the_profiles() -> None:
 
 def test_kinds_have_their_own_specs() -> None:
     """The list of kinds is complete."""
-    assert len({kind.spec for kind in resources.KINDS}) == 4
+    assert len({kind.spec for kind in resources.KINDS}) == 5
+
+
+AGENT = {"app": "ledger", "sidegate.dev/agent": "true"}
+SERVERS = [{"host": "records.demo", "port": 8000}, {"host": "tools.b.example", "port": 443, "id": "spiffe://b.test/**"}]
+
+
+def test_an_agent_gets_the_servers_it_may_meet_and_no_policy() -> None:
+    """What it may do there is judged there; without a port of its own, there is none to guess."""
+    profile = a_profile(agent={"servers": SERVERS}, audit={"arguments": "hash"})
+    policy = msgspec.convert({"selector": {}, "cedar": "permit(principal, action, resource);"}, type=PolicySpec)
+    got = combined(profile, pod=a_pod(AGENT, ports=()), policies={"all": policy})
+
+    assert got.profile.agent is not None
+    assert [(each.host, each.port, each.id) for each in got.profile.agent.servers] == [
+        ("records.demo", 8000, ""), ("tools.b.example", 443, "spiffe://b.test/**"),
+    ]  # fmt: skip
+    assert (got.profile.server.namespace, got.profile.server.workload) == ("payments", "ledger")
+    assert got.profile.audit.arguments == "hash"
+    assert got.policies == ()
+
+
+def test_profiles_for_agents_and_for_servers_do_not_meet() -> None:
+    """Each selects every pod; each pod gets the one for its role."""
+    agents, servers = a_profile(agent={"servers": SERVERS}), a_profile(server={"port": 9000})
+    given = {"agents": agents, "servers": servers}
+
+    assert select_profile(AGENT, given) is agents
+    assert select_profile({"app": "ledger"}, given) is servers
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wish", "expected"),
+    [("off", "allowed", "off"), ("allowed", "allowed", "allowed"), ("allowed", "off", "off")],
+)
+def test_jwt_svids_need_both_words(cluster: Any, wish: str, expected: str) -> None:
+    """A bearer token is weaker than mutual TLS: a namespace cannot choose it alone."""
+    got = combined(a_profile(identity={"jwtSvid": wish}), defaults=Defaults(jwt_svid=cluster))
+
+    assert got.profile.identity.jwt_svid == expected
+    assert any("jwtSvid" in note for note in got.notes) is ((cluster, wish) == ("off", "allowed"))

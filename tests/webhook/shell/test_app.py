@@ -184,7 +184,7 @@ async def test_pod_is_injected_and_its_sidecar_gets_what_its_namespace_says(tmp_
         8080,
         "ledger-0",
     )
-    assert got.profile.policies.cedar
+    assert got.profile.policies[0].cedar
     assert "cedar/all.cedar" in got.files
 
 

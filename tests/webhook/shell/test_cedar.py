@@ -56,7 +56,7 @@ def test_the_child_answers_in_json(
     text: str, answer: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The question on standard input, the answer on standard output."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"policies": {"a.cedar": text}, "schema": None})))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"policies": {"a.cedar": text}, "schema": None, "vocabulary": "sidegate"})))
     cedar.main()
 
     assert json.loads(capsys.readouterr().out) == answer

@@ -1,6 +1,6 @@
 """What is compiled for which pod, and when."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from webhook.shell.kube import Gone, Listed, Put
 from webhook.shell.metrics import Metrics
 
 KEY = make_key()
-PROFILES, POLICIES, LIMITS, PROVIDERS = resources.KINDS
+PROFILES, POLICIES, RAILS, LIMITS, PROVIDERS = resources.KINDS
 
 
 def a_resource(name: str, namespace: str = "payments", **spec: Any) -> Any:
@@ -46,15 +46,18 @@ class FakeCompile:
     """Remembers what it was asked to compile; *error* is raised instead."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Policies, profile.Profile]] = []
+        self.asked: list[tuple[Sequence[Policies], profile.Profile]] = []
         self.error: Exception | None = None
 
-    async def __call__(self, policies: Policies, for_: profile.Profile) -> Mapping[str, bytes]:
+    async def __call__(self, policies: Sequence[Policies], for_: profile.Profile) -> Mapping[str, bytes]:
         """Return files that say what they were made of."""
         self.asked.append((policies, for_))
         if self.error:
             raise self.error
-        return {"sidegate.json": profile.encode(for_), **{f"cedar/{k}": v.encode() for k, v in policies.cedar.items()}}
+        return {
+            "sidegate.json": profile.encode(for_),
+            **{f"{each.path}cedar/{k}": v.encode() for each in policies for k, v in each.cedar.items()},
+        }
 
 
 class Cluster:
@@ -68,7 +71,13 @@ class Cluster:
 
     def listed(self, *pods: Any, profiles: Any = (), policies: Any = (), limits: Any = (), providers: Any = ()) -> None:
         """Let everything be listed once."""
-        for kind, items in ((PROFILES, profiles), (POLICIES, policies), (LIMITS, limits), (PROVIDERS, providers)):
+        for kind, items in (
+            (PROFILES, profiles),
+            (POLICIES, policies),
+            (RAILS, ()),
+            (LIMITS, limits),
+            (PROVIDERS, providers),
+        ):
             self.controller.apply(kind, Listed(list(items)))
         self.controller.apply_pods(Listed(list(pods)))
 
@@ -92,7 +101,7 @@ class Cluster:
 def test_nothing_is_known_before_everything_was_listed() -> None:
     """Admission must not decide, nor a bundle be made, on half of the resources."""
     cluster = Cluster()
-    for kind in (PROFILES, POLICIES, LIMITS):
+    for kind in (PROFILES, POLICIES, RAILS, LIMITS):
         cluster.controller.apply(kind, Listed([]))
     cluster.controller.apply_pods(Listed([]))
 
@@ -132,7 +141,7 @@ async def test_policy_touches_its_own_namespace_only() -> None:
     cluster.controller.apply(POLICIES, Put(a_resource("p", cedar="x")))
 
     assert await cluster.compiled() == 1
-    assert cluster.compile.asked[-1][0].cedar == {"p.cedar": "x"}
+    assert cluster.compile.asked[-1][0][0].cedar == {"p.cedar": "x"}
     cluster.controller.apply(POLICIES, Gone(a_resource("p", cedar="x")))
     assert await cluster.compiled() == 0  # the bundle without it is remembered
     published = cluster.entry().published

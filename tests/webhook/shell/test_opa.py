@@ -36,7 +36,7 @@ def rego(text: str, **data: Any) -> Policies:
 async def test_rules_compile_and_decide(opa: Opa, default: str) -> None:
     """Both spellings of the default load; no import is needed for `if` and `in`."""
     made = await files(
-        rego(f"package mcp.authz\n{default}\nallow if input.tool.name in data.tools", tools=["a"]), PROFILE, opa
+        [rego(f"package mcp.authz\n{default}\nallow if input.tool.name in data.tools", tools=["a"])], PROFILE, opa
     )
     engine = RegoEngine(made["policy.wasm"], data=made["data.json"])
 
@@ -219,7 +219,7 @@ async def test_no_tests_are_no_results(opa: Opa) -> None:
 
 async def test_without_rego_there_is_no_module(opa: Opa) -> None:
     """Cedar alone is checked and packed; opa has nothing to do."""
-    made = await files(Policies(cedar={"p.cedar": "permit (principal, action, resource);"}), PROFILE, opa)
+    made = await files([Policies(cedar={"p.cedar": "permit (principal, action, resource);"})], PROFILE, opa)
 
     assert list(made) == ["cedar/p.cedar", "sidegate.json"]
 
@@ -253,6 +253,6 @@ async def test_a_bundle_of_both_languages_is_loaded_by_the_sidecar(opa: Opa) -> 
     """What is compiled here is what the sidecar reads."""
     key = bundle.ec.generate_private_key(bundle.ec.SECP256R1())
     policies = Policies(rego={"p.rego": ALLOW}, cedar={"p.cedar": "permit (principal, action, resource);"})
-    read = bundle.decode(bundle.encode(await files(policies, PROFILE, opa), key), [key.public_key()])
+    read = bundle.decode(bundle.encode(await files([policies], PROFILE, opa), key), [key.public_key()])
 
-    assert (read.profile.policies.cedar, read.profile.policies.rego) == (True, True)
+    assert (read.profile.policies[0].cedar, read.profile.policies[0].rego) == (True, True)
