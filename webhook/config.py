@@ -135,6 +135,9 @@ class Settings:
     user: Literal["required", "optional"] = setting_of(
         _one_of("required", "optional"), "Whether a call needs a user's access token.", default="required"
     )
+    jwt_svid: Literal["off", "allowed"] = setting_of(
+        _one_of("off", "allowed"), "Whether profiles may let a JWT-SVID stand in for mTLS.", default="off"
+    )
     audit_content: Literal["full", "hash"] = setting_of(
         _one_of("full", "hash"), "Whether audit records hold arguments and results, or their hashes.", default="full"
     )
@@ -199,6 +202,7 @@ def defaults(settings: Settings) -> Defaults:
     return Defaults(
         mtls=settings.mtls,
         user=settings.user,
+        jwt_svid=settings.jwt_svid,
         audit=Audit(arguments=content, results=content),
         telemetry=Telemetry(otlp_endpoint=settings.otlp_endpoint or None),
     )

@@ -16,10 +16,14 @@ class DenyCode(StrEnum):
     PROFILE_AMBIGUOUS = "profile_ambiguous"  # two profiles select the pod: which is stricter is not ours to guess
     PORT_UNKNOWN = "port_unknown"  # nothing says which port speaks MCP
     PORT_RESERVED = "port_reserved"
+    CONTAINER_UNKNOWN = "container_unknown"  # nothing says which container is the stdio server
+    COMMAND_UNKNOWN = "command_unknown"  # of a stdio server; the image's own is not seen at admission
     PORT_UNRESOLVED = "port_unresolved"  # a probe names a port that its container does not have
     PROBE_UNSUPPORTED = "probe_unsupported"
     HOOK_UNSUPPORTED = "hook_unsupported"
-    ROLE_UNAVAILABLE = "role_unavailable"
+    ROLE_CONFLICT = "role_conflict"  # agent and server at once
+    AGENT_WITHOUT_SERVERS = "agent_without_servers"  # no profile says which servers an agent calls
+    PROXY_TAKEN = "proxy_taken"  # the application has a proxy of its own, where capture needs the variable
     DECOY_CONTAINER = "decoy_container"  # a container of our name that is not what we would have made
     DECOY_VOLUME = "decoy_volume"
     DECOY_MOUNT = "decoy_mount"  # an application container mounts what only the sidecar may

@@ -1,16 +1,19 @@
-"""Loads the rules that leave no way to the application but through the sidecar: the init container `sidegate-net`.
+"""Loads the rules that bring traffic into the sidecar: the init container `sidegate-net`.
 
-One nftables table for IPv4 and IPv6: every inbound TCP port is redirected to the sidecar, which reads the original one
-from the accepted socket (SO_ORIGINAL_DST). Refuses to end well unless the kernel lists the very rules that were loaded.
-UDP and what the application opens itself are not touched. Source: nft(8), address families, NAT statements.
+One nftables table for IPv4 and IPv6. Before a server, every inbound TCP port is redirected to the sidecar, and nothing
+that the application opens itself is touched. With an agent it is the other way round: what its containers open to the
+ports given as argument is redirected, and nothing inbound. The sidecar reads the original address from the accepted
+socket (SO_ORIGINAL_DST). Refuses to end well unless the kernel lists the very rules that were loaded; UDP is not
+touched. Source: nft(8), address families, NAT statements.
 """
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.config import HEALTH_PORT, INBOUND_PORT
+from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, USER_ID
 from sidecar.errors import NetError
 
 NFT: Final = Path("/usr/sbin/nft")
@@ -19,8 +22,10 @@ DEADLINE_S: Final = 20  # nft takes milliseconds; a node under load some seconds
 HINT: Final = "hint: it needs root, NET_ADMIN and nf_tables; where those are forbidden, use capture mode `remap`"
 _OURS: Final = f"{{ {HEALTH_PORT}, {INBOUND_PORT} }}"  # in ascending order, as the kernel lists them
 
+Rules = Mapping[str, tuple[str, ...]]
+
 # Written as nft lists them, because `load` compares.
-RULES: Final = {
+RULES: Final[Rules] = {
     "inbound": (
         "type nat hook prerouting priority dstnat; policy accept;",
         'iifname "lo" accept',
@@ -37,19 +42,33 @@ RULES: Final = {
 }
 
 
-def ruleset() -> str:
+def outbound(ports: Sequence[int]) -> Rules:
+    """Return the rules for an agent that calls MCP servers on *ports*; its sidecar's own calls go through."""
+    wanted = sorted(set(ports))
+    listed = f"{{ {', '.join(map(str, wanted))} }}" if len(wanted) > 1 else str(wanted[0])
+    return {
+        "outbound": (
+            "type nat hook output priority dstnat; policy accept;",
+            'oifname "lo" accept',
+            f"meta skuid {USER_ID} accept",
+            f"tcp dport {listed} redirect to :{EGRESS_PORT}",
+        )
+    }
+
+
+def ruleset(chosen: Rules = RULES) -> str:
     """Return the text for `nft -f -`; loaded twice it leaves the same rules, and no moment without them."""
     chains = "".join(
-        f"\tchain {name} {{\n" + "".join(f"\t\t{rule}\n" for rule in rules) + "\t}\n" for name, rules in RULES.items()
+        f"\tchain {name} {{\n" + "".join(f"\t\t{rule}\n" for rule in rules) + "\t}\n" for name, rules in chosen.items()
     )
     return f"add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n"
 
 
-def load(nft: Path = NFT) -> None:
+def load(nft: Path = NFT, *, chosen: Rules = RULES) -> None:
     """Load the rules and read them back. Raises NetError."""
-    _run(nft, "-f", "-", text=ruleset())
+    _run(nft, "-f", "-", text=ruleset(chosen))
     listed = {" ".join(line.split()) for line in _run(nft, "list", "table", "inet", TABLE).splitlines()}
-    missing = [rule for rules in RULES.values() for rule in rules if rule not in listed]
+    missing = [rule for rules in chosen.values() for rule in rules if rule not in listed]
     if missing:
         raise NetError(f"nft accepted the rules, but the kernel does not list: {'; '.join(missing)}")
 
@@ -68,18 +87,25 @@ def _run(nft: Path, *arguments: str, text: str = "") -> str:
     return done.stdout
 
 
-def main() -> int:
-    """Load the rules; return 0, or 1 after saying why not."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Load the rules, an agent's if *arguments* name ports; return 0, or 1 after saying why not."""
     try:
-        load()
+        ports = [int(port) for port in arguments[0].split(",")] if arguments else []
+        load(chosen=outbound(ports) if ports else RULES)
+    except ValueError:
+        print(f"sidegate-net: error: {arguments[0]}: expected ports, separated by commas", file=sys.stderr)  # noqa: T201
+        return 1
     except NetError as error:
         # An init container speaks through its log.
         print(f"sidegate-net: error: {error}", file=sys.stderr)  # noqa: T201
         print(HINT, file=sys.stderr)  # noqa: T201
         return 1
-    print(f"sidegate-net: inbound TCP goes to port {INBOUND_PORT}, but for port {HEALTH_PORT}")  # noqa: T201
+    if ports:
+        print(f"sidegate-net: outbound TCP to {arguments[0]} goes to port {EGRESS_PORT}")  # noqa: T201
+    else:
+        print(f"sidegate-net: inbound TCP goes to port {INBOUND_PORT}, but for port {HEALTH_PORT}")  # noqa: T201
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,15 +7,18 @@ ignored is a hole. Whether to inject is asked of labels only, which the API serv
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from sidecar.config import Capture, LogLevel
+from sidecar.core.profile import Transport
 from webhook.core import quantity
 from webhook.errors import Denial, DenyCode
 
 GROUP: Final = "sidegate.dev"
 STATUS: Final = f"{GROUP}/status"  # written back by us: information for people, never evidence
+AGENT: Final = f"{GROUP}/agent"  # label: the pod calls MCP servers, and is none
 INJECTED: Final = f"{GROUP}/injected"  # label, written back: the revision, for selection
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 _PATH: Final = re.compile(r"/[!-~]{0,511}", re.ASCII)
 
 
@@ -25,6 +28,8 @@ class Overrides:
 
     port: int | None = None
     paths: tuple[str, ...] | None = None
+    transport: Transport | None = None
+    container: str | None = None
     capture: Capture | None = None
     cpu_m: int | None = None
     cpu_limit_m: int | None = None
@@ -58,6 +63,18 @@ def _paths(text: str) -> tuple[str, ...]:
     return paths
 
 
+def _transport(text: str) -> Transport:
+    if text not in get_args(Transport):
+        raise ValueError("one of " + ", ".join(get_args(Transport)))
+    return text  # type: ignore[return-value]
+
+
+def _container(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError("the name of a container")
+    return text
+
+
 def _capture(text: str) -> Capture:
     if text not in (Capture.REDIRECT, Capture.REMAP):
         raise ValueError(f"{Capture.REDIRECT} or {Capture.REMAP}")
@@ -76,7 +93,7 @@ TABLE: Final = (
         name="port",
         field="port",
         meaning="Port on which the application speaks MCP.",
-        default="the profile's; else the container port named mcp; else the only declared container port",
+        default="the profile's; else the container port named mcp; else the only declared one; with stdio 15010",
         example="8080",
         parse=_port,
     ),
@@ -87,6 +104,22 @@ TABLE: Final = (
         default="the profile's; else /mcp",
         example="/mcp",
         parse=_paths,
+    ),
+    Annotation(
+        name="transport",
+        field="transport",
+        meaning="How the application speaks MCP: http (Streamable HTTP), sse (HTTP+SSE of 2024-11-05) or stdio.",
+        default="the profile's; else http",
+        example="stdio",
+        parse=_transport,
+    ),
+    Annotation(
+        name="container",
+        field="container",
+        meaning="The container that is the stdio server; its command is wrapped.",
+        default="the only one",
+        example="server",
+        parse=_container,
     ),
     Annotation(
         name="capture",

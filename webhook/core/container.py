@@ -1,4 +1,4 @@
-"""Render what is put into a pod: the sidecar, its volumes, and in capture mode `redirect` the init container before it.
+"""Render what is put into a pod: the sidecar and its volumes; for capture mode `redirect` and for stdio, init containers.
 
 Every field is written out, defaults too: pod-level settings must not leak in, and the API server must have nothing to
 add, or our own work would not be recognised at a second look. The sidecar's environment is `Settings.to_env`.
@@ -12,14 +12,15 @@ from typing import Final
 
 import msgspec
 
-from sidecar.config import HEALTH_PORT, INBOUND_PORT, PREFIX, USER_ID, Capture, Settings
-from webhook.core import quantity
+from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, PREFIX, USER_ID, Capture, Role, Settings
+from webhook.core import quantity, relay
 from webhook.core.annotations import Overrides
 from webhook.core.pod import JSON
 
 SIDECAR: Final = "sidegate"
 NET: Final = "sidegate-net"
-CONTAINERS: Final = frozenset({SIDECAR, NET})
+RELAY: Final = "sidegate-relay"  # puts the relay where a stdio server's container finds it
+CONTAINERS: Final = frozenset({SIDECAR, NET, RELAY})
 SPIFFE_VOLUME: Final = "sidegate-spiffe"
 CACHE_VOLUME: Final = "sidegate-cache"
 NO_TOKEN_VOLUME: Final = "sidegate-no-token"  # noqa: S105 - the name of a volume
@@ -96,31 +97,40 @@ class Plan:
     asked: Overrides
     probes: str
     port_name: str | None = None  # of the Service-facing port, which moves here in capture mode `remap`
+    is_stdio: bool = False
     guaranteed: bool = False
+    role: Role = Role.SERVER
+    captured_ports: tuple[int, ...] = ()  # of the servers that an agent calls
     pod_level_resources: bool = False  # ours would push the sum above the pod's own: then we live within it
 
 
 def init_containers(template: Template, plan: Plan) -> list[JSON]:
     """Return our init containers in order; they go before all others, which are thereby governed too."""
-    return [*([_net(template, plan)] if plan.capture is Capture.REDIRECT else []), _sidecar(template, plan)]
+    return [
+        *([_net(template, plan)] if plan.capture is Capture.REDIRECT else []),
+        *([_relay(template, plan)] if plan.is_stdio else []),
+        _sidecar(template, plan),
+    ]
 
 
-def volumes() -> list[JSON]:
+def volumes(*, is_stdio: bool = False) -> list[JSON]:
     """Return our volumes: no hostPath, which even the `baseline` standard forbids."""
     return [
+        *([{"name": relay.VOLUME, "emptyDir": {"sizeLimit": "8Mi"}}] if is_stdio else []),
         {"name": SPIFFE_VOLUME, "csi": {"driver": SPIFFE_DRIVER, "readOnly": True}},
         {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": CACHE_SIZE}},
         {"name": NO_TOKEN_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}},
     ]
 
 
-VOLUMES: Final = frozenset(str(each["name"]) for each in volumes())
+VOLUMES: Final = frozenset(str(each["name"]) for each in volumes(is_stdio=True))
 
 
 def _sidecar(template: Template, plan: Plan) -> JSON:
     settings = replace(
         template.sidecar,
         workload=plan.workload,
+        role=plan.role,
         capture=plan.capture,
         bundle_dir=CACHE_DIR,
         probes=plan.probes,
@@ -136,7 +146,7 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
             *({"name": name, "value": value} for name, value in sorted(settings.to_env().items())),
         ],
         "ports": [
-            ({"name": plan.port_name} if plan.port_name else {}) | inbound,
+            *([({"name": plan.port_name} if plan.port_name else {}) | inbound] if plan.role is Role.SERVER else []),
             {"containerPort": HEALTH_PORT, "name": "sidegate-health", "protocol": "TCP"},
         ],
         "securityContext": _security(USER_ID, {"drop": ["ALL"]}),
@@ -153,10 +163,46 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
 
 def _net(template: Template, plan: Plan) -> JSON:
     return _container(NET, template, NET_AMOUNTS, plan) | {
-        "command": ["python", "-m", "sidecar.shell.net"],
+        "command": ["python", "-m", "sidecar.shell.net", *_captured(plan)],
         "securityContext": _security(0, {"add": ["NET_ADMIN"], "drop": ["ALL"]}),
         "volumeMounts": [_no_token_mount()],
     }
+
+
+def _relay(template: Template, plan: Plan) -> JSON:
+    program = f"import shutil; shutil.copy({relay.SOURCE!r}, {relay.PROGRAM!r})"  # an image may have Python and no cp
+    return _container(RELAY, template, NET_AMOUNTS, plan) | {
+        "command": ["python", "-I", "-S", "-c", program],
+        "securityContext": _security(USER_ID, {"drop": ["ALL"]}),
+        "volumeMounts": [{"name": relay.VOLUME, "mountPath": relay.DIRECTORY}, _no_token_mount()],
+    }
+
+
+def _captured(plan: Plan) -> list[str]:
+    return [",".join(str(port) for port in plan.captured_ports)] if plan.role is Role.AGENT else []
+
+
+PROXY: Final = f"http://127.0.0.1:{EGRESS_PORT}"
+_DIRECT: Final = "localhost,127.0.0.1,::1"
+# Both spellings: programs differ in which they read. HTTPS goes its own way, nobody here could see into it.
+PROXY_VARIABLES: Final = tuple(
+    {"name": name, "value": value}
+    for name, value in (("HTTP_PROXY", PROXY), ("http_proxy", PROXY), ("NO_PROXY", _DIRECT), ("no_proxy", _DIRECT))
+)
+
+
+def proxied(each: JSON) -> JSON:
+    """Return container *each* with its plain HTTP going through the sidecar: an agent in capture mode `remap`."""
+    return each | {"env": [*(each.get("env") or ()), *PROXY_VARIABLES]}
+
+
+def unproxied(each: JSON) -> JSON:
+    """Return container *each* without these variables."""
+    if not any(variable in PROXY_VARIABLES for variable in each.get("env") or ()):
+        return each
+    kept = [variable for variable in each["env"] if variable not in PROXY_VARIABLES]
+    rest = {key: value for key, value in each.items() if key != "env"}
+    return rest | ({"env": kept} if kept else {})
 
 
 def _container(name: str, template: Template, amounts: Amounts, plan: Plan) -> JSON:

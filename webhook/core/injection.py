@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from sidecar.config import USER_ID, Capture
-from webhook.core import annotations, container, patch, probes, quantity
+from sidecar.config import USER_ID, Capture, Role
+from webhook.core import annotations, container, patch, probes, quantity, relay
 from webhook.core import pod as pods
 from webhook.core.annotations import GROUP, Overrides
 from webhook.core.container import Plan, Template
-from webhook.core.effective import resolve_port, select_profile
+from webhook.core.effective import MCP_PORT_NAME, resolve_port, resolve_transport, select_profile
 from webhook.core.pod import JSON, Container, Pod
 from webhook.core.resources import ServerProfileSpec
 from webhook.errors import Denial, DenyCode
@@ -26,7 +26,7 @@ INJECTION_LABEL: Final = f"{GROUP}/injection"  # on a namespace
 BREAK_GLASS_LABEL: Final = f"{GROUP}/break-glass"  # on a namespace; whoever may set it may let pods out
 SYSTEM_LABELS: Final = (("control-plane", "true"), ("kubernetes.azure.com/managedby", "aks"))  # of a vendor's namespace
 SERVER_LABEL: Final = f"{GROUP}/server"  # on a pod
-AGENT_LABEL: Final = f"{GROUP}/agent"
+AGENT_LABEL: Final = annotations.AGENT
 _MIRROR: Final = "kubernetes.io/config.mirror"
 # With these a container can leave netfilter, the pod's namespaces or the sidecar's memory behind.
 _CAPABILITIES: Final = frozenset({"ALL", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "BPF"})
@@ -129,17 +129,19 @@ def _decide(
     if _MIRROR in seen.annotations:  # the kubelet's own; the API server runs none that a tenant made up
         return Skip(reason=SkipReason.MIRROR_POD)
     wanted = _label(seen, SERVER_LABEL)
-    if _label(seen, AGENT_LABEL):
-        raise Denial(DenyCode.ROLE_UNAVAILABLE, f"label {AGENT_LABEL}=true: this version has no agent role yet")
+    is_agent = _label(seen, AGENT_LABEL) is True
+    if is_agent:
+        _refuse_two_roles(policy, namespace, wanted=wanted)
     profile = select_profile(seen.labels, profiles)
     warnings = []
-    if wanted is False:
+    if wanted is False and not is_agent:
         if policy is not NamespacePolicy.ENFORCED:
             return _left_alone(seen, SkipReason.OPT_OUT)
         warnings.append(f"{SERVER_LABEL}=false has no effect: namespace {namespace} enforces injection")
-    if policy is NamespacePolicy.OPTIONAL and wanted is None and profile is None:
+    if policy is NamespacePolicy.OPTIONAL and wanted is None and profile is None and not is_agent:
         return _left_alone(seen, SkipReason.NOT_SELECTED)
-    injection, plan, bare = _plan(raw, seen, profile, template, warnings)
+    make = _plan_agent if is_agent else _plan
+    injection, plan, bare = make(raw, seen, profile, template, warnings)
     _refuse_decoys(seen, raw, injection)
     mutated = patch.mutate(bare, injection)
     return Inject(
@@ -172,13 +174,7 @@ def _plan(
     raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, warnings: list[str]
 ) -> tuple[patch.Injection, Plan, JSON]:
     """Return what to put in, how it was decided, and the pod without anything of ours. Raises Denial."""
-    _refuse_misplaced(seen)
-    try:
-        bare_raw = patch.restore(raw)
-    except ValueError as error:
-        raise Denial(DenyCode.DECOY_CONTAINER, f"container {container.SIDECAR}: {error}") from error
-    bare = pods.read(bare_raw)
-    _refuse_unenforceable(bare)
+    bare_raw, bare = _bare(raw, seen)
     asked = annotations.read(bare.annotations)
     capture = _capture(asked, profile, template)
     port = resolve_port(bare, asked, profile)
@@ -187,21 +183,27 @@ def _plan(
             DenyCode.PORT_RESERVED, f"port {port} belongs to the sidecar; let the application listen on another"
         )
     relocated, originals = _relocate(bare_raw, bare)
-    move = _port_move(bare, port) if capture is Capture.REMAP else None
+    is_stdio = resolve_transport(asked, profile) == "stdio"
+    if is_stdio:
+        name, command = relay.find_server(bare, asked)
+        most = int(template.sidecar.max_processes)
+        relocated[name] = relay.wrapped(relocated[name], command, port=port, max_processes=most)
+    move = _port_move(bare, port) if capture is Capture.REMAP and not is_stdio else None
     if capture is Capture.REMAP:
-        warnings.extend(_remap_warnings(bare, port, move))
+        warnings.extend(_remap_warnings(bare, None if is_stdio else port, move))
     plan = Plan(
         workload=pods.workload(bare).name,
         capture=capture,
         asked=asked,
         probes=probes.encode(originals),
-        port_name=move.name if move else None,
+        port_name=_mcp_name(bare) if is_stdio else move.name if move else None,
+        is_stdio=is_stdio,
         guaranteed=_is_guaranteed(bare.containers),
         pod_level_resources=bare.spec.resources is not None,
     )
     injection = patch.Injection(
         init_containers=container.init_containers(template, plan),
-        volumes=container.volumes(),
+        volumes=container.volumes(is_stdio=is_stdio),
         relocated=relocated,
         status=_status(template, capture, port, move),
         revision=template.revision,
@@ -209,6 +211,92 @@ def _plan(
         port_move=move,
     )
     return injection, plan, bare_raw
+
+
+def _bare(raw: JSON, seen: Pod) -> tuple[JSON, Pod]:
+    """Return the pod without anything of ours. Raises Denial for what cannot be governed."""
+    _refuse_misplaced(seen)
+    try:
+        bare_raw = patch.restore(raw)
+    except ValueError as error:
+        raise Denial(DenyCode.DECOY_CONTAINER, f"container {container.SIDECAR}: {error}") from error
+    bare = pods.read(bare_raw)
+    for each in bare.containers:
+        _refuse_ours_in(each)
+    _refuse_unenforceable(bare)
+    return bare_raw, bare
+
+
+def _refuse_two_roles(policy: NamespacePolicy, namespace: str, *, wanted: bool | None) -> None:
+    """Refuse what would let a server out of its governance, or would need both sides at once."""
+    if wanted:
+        raise Denial(
+            DenyCode.ROLE_CONFLICT,
+            f"labels {SERVER_LABEL}=true and {AGENT_LABEL}=true: a pod is an MCP server or an agent; use two pods",
+        )
+    if policy is NamespacePolicy.ENFORCED:
+        raise Denial(
+            DenyCode.ROLE_CONFLICT,
+            f"label {AGENT_LABEL}=true: namespace {namespace} enforces that every pod is a governed server; "
+            "run agents in a namespace of their own",
+        )
+
+
+def _plan_agent(
+    raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, warnings: list[str]
+) -> tuple[patch.Injection, Plan, JSON]:
+    """Return the same for an agent: nothing of its own inbound side is touched. Raises Denial."""
+    bare_raw, bare = _bare(raw, seen)
+    if profile is None or profile.agent is None:
+        raise Denial(
+            DenyCode.AGENT_WITHOUT_SERVERS,
+            f"label {AGENT_LABEL}=true: no MCPServerProfile with spec.agent selects this pod; it says which servers are called",
+        )
+    asked = annotations.read(bare.annotations)
+    capture = _capture(asked, profile, template)
+    ports = tuple(sorted({server.port for server in profile.agent.servers}))
+    if capture is Capture.REMAP:
+        _refuse_own_proxy(bare)
+        warnings.append(
+            "an agent in capture mode remap is governed as far as its programs heed HTTP_PROXY; servers still refuse the rest"
+        )
+    both = (*(bare_raw["spec"].get("initContainers") or ()), *bare_raw["spec"]["containers"])
+    plan = Plan(
+        workload=pods.workload(bare).name,
+        role=Role.AGENT,
+        capture=capture,
+        captured_ports=ports,
+        asked=asked,
+        probes="{}",
+        guaranteed=_is_guaranteed(bare.containers),
+        pod_level_resources=bare.spec.resources is not None,
+    )
+    injection = patch.Injection(
+        init_containers=container.init_containers(template, plan),
+        volumes=container.volumes(),
+        relocated={each["name"]: container.proxied(each) for each in both} if capture is Capture.REMAP else {},
+        status=_agent_status(template, capture, ports),
+        revision=template.revision,
+        image_pull_secrets=template.image_pull_secrets,
+    )
+    return injection, plan, bare_raw
+
+
+def _refuse_own_proxy(bare: Pod) -> None:
+    names = {variable["name"] for variable in container.PROXY_VARIABLES}
+    for each in bare.containers:
+        taken = sorted(variable.name for variable in each.env or () if variable.name in names)
+        if taken:
+            raise Denial(
+                DenyCode.PROXY_TAKEN,
+                f"container {each.name}: {taken[0]} is set, and capture mode remap needs it; use redirect, or let it go",
+            )
+
+
+def _mcp_name(bare: Pod) -> str | None:
+    """Return the name of the sidecar's port for a server that has none, so that a Service can say targetPort: mcp."""
+    taken = any(port.name == MCP_PORT_NAME for each in bare.containers for port in each.ports or ())
+    return None if taken else MCP_PORT_NAME
 
 
 def _label(seen: Pod, key: str) -> bool | None:
@@ -245,7 +333,6 @@ def _refuse_misplaced(seen: Pod) -> None:
         if each.name in names:  # the API server refuses that too, but only after us, and probes are kept by name
             raise Denial(DenyCode.MALFORMED, f"container name {each.name} is used twice")
         names.add(each.name)
-        _refuse_ours_in(each)
 
 
 def _refuse_ours_in(each: Container) -> None:
@@ -368,8 +455,8 @@ def _port_move(bare: Pod, port: int) -> patch.PortMove | None:
     return None
 
 
-def _remap_warnings(bare: Pod, port: int, move: patch.PortMove | None) -> Iterable[str]:
-    if move is None:
+def _remap_warnings(bare: Pod, port: int | None, move: patch.PortMove | None) -> Iterable[str]:
+    if move is None and port is not None:
         yield f"port {port} has no name: Services must use targetPort 15443 to reach the sidecar"
     others = sorted({each.container_port for c in bare.spec.containers for each in c.ports or ()} - {port})
     if others:
@@ -389,13 +476,20 @@ def _is_guaranteed(containers: Sequence[Container]) -> bool:
 
 
 def _status(template: Template, capture: Capture, port: int, move: patch.PortMove | None) -> str:
+    moved = {"moved": {"container": move.container, "port": move.port, "name": move.name}} if move else {}
+    return _status_text(template, capture, port=port, **moved)
+
+
+def _agent_status(template: Template, capture: Capture, ports: Sequence[int]) -> str:
+    return _status_text(template, capture, role=str(Role.AGENT), ports=list(ports))
+
+
+def _status_text(template: Template, capture: Capture, **more: Any) -> str:
     status: JSON = {
         "version": template.version,
         "revision": template.revision,
         "hash": template.hash,
         "guarantee": str(capture),
-        "port": port,
+        **more,
     }
-    if move:
-        status["moved"] = {"container": move.container, "port": move.port, "name": move.name}
     return json.dumps(status, sort_keys=True, separators=(",", ":"))

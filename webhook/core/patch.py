@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from webhook.core import container, probes
+from webhook.core import container, probes, relay
 from webhook.core.annotations import INJECTED, STATUS
 from webhook.core.pod import JSON
 
@@ -27,7 +27,7 @@ class PortMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Injection:
-    """All that is put into one pod. *relocated* are the application's containers by name, probes moved."""
+    """All that is put into one pod. *relocated* are the application's containers by name, as they are to be."""
 
     init_containers: list[JSON]
     volumes: list[JSON]
@@ -75,7 +75,12 @@ def restore(pod: JSON) -> JSON:
     move = _recorded_move(metadata)
     spec["initContainers"] = [each for each in spec["initContainers"] if each["name"] not in container.CONTAINERS]
     for field in ("initContainers", "containers"):
-        spec[field] = [_unmoved(probes.put_back(each, originals.get(each["name"], {})), move) for each in spec[field]]
+        spec[field] = [
+            relay.unwrapped(
+                container.unproxied(_unmoved(probes.put_back(each, originals.get(each["name"], {})), move))
+            )
+            for each in spec[field]
+        ]
     spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in container.VOLUMES]
     for field, key in (("labels", INJECTED), ("annotations", STATUS)):
         if metadata.get(field):

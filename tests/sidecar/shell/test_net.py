@@ -27,6 +27,20 @@ table inet sidegate {
 """
 
 
+GOLDEN_AGENT = """\
+add table inet sidegate
+delete table inet sidegate
+table inet sidegate {
+	chain outbound {
+		type nat hook output priority dstnat; policy accept;
+		oifname "lo" accept
+		meta skuid 15100 accept
+		tcp dport { 443, 8000 } redirect to :15001
+	}
+}
+"""
+
+
 def a_program(path: Path, script: str) -> Path:
     """An executable shell script in the place of nft."""
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -37,6 +51,12 @@ def a_program(path: Path, script: str) -> Path:
 def test_ruleset_is_the_reviewed_one() -> None:
     """A change of the rules is a change of what is enforced, and shows as one."""
     assert net.ruleset() == GOLDEN
+
+
+def test_an_agents_ruleset_is_the_reviewed_one() -> None:
+    """Only the named ports, once each and in order, as the kernel lists them; never the sidecar's own calls."""
+    assert net.ruleset(net.outbound([8000, 443, 8000])) == GOLDEN_AGENT
+    assert "tcp dport 8000 redirect to :15001" in net.ruleset(net.outbound([8000]))
 
 
 def test_missing_nft_is_named(tmp_path: Path) -> None:
@@ -91,3 +111,16 @@ def test_success_says_what_was_done(
 
     assert net.main() == 0
     assert capsys.readouterr().out == "sidegate-net: inbound TCP goes to port 15443, but for port 15020\n"
+
+
+def test_an_agents_ports_come_as_an_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And are said in the log; anything else than ports stops the pod."""
+    nft = a_program(tmp_path / "nft", f"cat >/dev/null\ncat <<'END'\n{GOLDEN_AGENT}END")
+    monkeypatch.setattr(net.load, "__defaults__", (nft,))
+
+    assert net.main(["443,8000"]) == 0
+    assert capsys.readouterr().out == "sidegate-net: outbound TCP to 443,8000 goes to port 15001\n"
+    assert net.main(["http"]) == 1
+    assert "expected ports" in capsys.readouterr().err

@@ -79,13 +79,17 @@ def test_our_own_output_needs_no_patch(case: Case) -> None:
 
 @pytest.mark.parametrize("case", INJECTED.values(), ids=INJECTED.keys())
 def test_application_containers_keep_all_but_probes_and_moved_port(case: Case) -> None:
-    """Nothing of the application's containers changes but probes and the name of the moved port."""
+    """Nothing of the application's containers changes but probes, the name of the moved port and an agent's proxy."""
     ours = {"startupProbe", "livenessProbe", "readinessProbe", "ports"}
     decision = case.decide(case.pod)
     assert isinstance(decision, Inject)
     for field in ("containers", "initContainers"):
         before = case.pod["spec"].get(field, [])
-        after = [each for each in decision.pod["spec"][field] if each["name"] not in container.CONTAINERS]
+        after = [
+            container.unproxied(each)
+            for each in decision.pod["spec"][field]
+            if each["name"] not in container.CONTAINERS
+        ]
 
         assert [{k: v for k, v in each.items() if k not in ours} for each in before] == [
             {k: v for k, v in each.items() if k not in ours} for each in after

@@ -119,3 +119,29 @@ def test_resource_without_spec_is_refused() -> None:
     """Nothing at all is not an empty spec."""
     with pytest.raises(BadResource, match="IdentityProvider"):
         resources.decode(resources.IDENTITY_PROVIDER, {}, resources.IdentityProviderSpec)
+
+
+@pytest.mark.parametrize("host", ["records", "records.demo", "records.demo.svc", "records.demo.svc.cluster.local."])
+def test_a_service_needs_no_pattern(host: str) -> None:
+    """Its namespace says whom an agent must meet there."""
+    spec = {"selector": {}, "agent": {"servers": [{"host": host, "port": 8000}]}}
+
+    assert resources.decode(resources.SERVER_PROFILE, a_resource(**spec), resources.ServerProfileSpec).agent
+
+
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        ({"host": "tools.partner.example", "port": 443}, r"agent.servers\[0\].id: needed"),
+        ({"host": "10.0.0.1", "port": 443}, "needed"),
+        ({"host": "records.demo", "port": 443, "id": "partner.example"}, r"agent.servers\[0\].id: SPIFFE ID"),
+        ({"host": "records demo", "port": 443}, "host"),
+        ({"host": "records.demo"}, "port"),
+    ],
+)
+def test_a_server_that_an_agent_could_not_recognise_is_refused(server: Any, why: str) -> None:
+    """Where no namespace says it, the profile must."""
+    spec = {"selector": {}, "agent": {"servers": [server]}}
+
+    with pytest.raises(BadResource, match=why):
+        resources.decode(resources.SERVER_PROFILE, a_resource(**spec), resources.ServerProfileSpec)
