@@ -1,6 +1,7 @@
 """What reads bytes from elsewhere, each with what must hold: one kind of exception, and no two readings of one input."""
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import gzip
@@ -385,7 +386,15 @@ class Faults:
 
 def run_http(data: bytes) -> str:
     """No bytes on a connection bring the sidecar into disorder, and only what was judged goes on, once and whole."""
-    return asyncio.run(_http(data))
+    return _runner().run(_http(data))
+
+
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """One loop for all: a new one would take longer than what is looked at."""
+    runner = asyncio.Runner()
+    atexit.register(runner.close)
+    return runner
 
 
 async def _http(data: bytes) -> str:

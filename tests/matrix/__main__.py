@@ -47,7 +47,10 @@ async def _clients(scratch: Path) -> list[Came]:
 
     async def one(number: int, meeting: Meeting) -> Came:
         async with gate:
-            return await meet(meeting, scratch / f"meeting-{number}")
+            came = await meet(meeting, scratch / f"meeting-{number}")
+        for fault in came.faults:
+            print(f"fault: {meeting.label}: {fault}", flush=True)
+        return came
 
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one(number, meeting)) for number, meeting in enumerate(meetings())]
@@ -72,9 +75,6 @@ def _print_clients(came: list[Came]) -> int:
                 [f"{client.name} ({era})", *("ok" if not one.faults else f"{len(one.faults)} faults" for one in each)]
             )
     _table("client", heads, lines)
-    for one in came:
-        for fault in one.faults:
-            print(f"fault: {one.meeting.label}: {fault}")
     faulty = sum(1 for one in came if one.faults)
     print(f"clients: {len(came)} meetings, {faulty} with faults")
     return faulty
