@@ -89,6 +89,7 @@ class Container(View, frozen=True, kw_only=True):
     """A container of any of the lists."""
 
     name: str
+    command: list[str] | None = None
     ports: list[Port] | None = None
     env: list[Variable] | None = None
     resources: Resources | None = None

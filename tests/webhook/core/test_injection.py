@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.webhook.core.golden_cases import TEMPLATE, Case, cases
-from webhook.core import container
+from webhook.core import container, relay
 from webhook.core.injection import Decision, Deny, Inject, NamespacePolicy, Skip, decide, policy_of
 from webhook.errors import DenyCode
 
@@ -86,7 +86,7 @@ def test_application_containers_keep_all_but_probes_and_moved_port(case: Case) -
     for field in ("containers", "initContainers"):
         before = case.pod["spec"].get(field, [])
         after = [
-            container.unproxied(each)
+            relay.unwrapped(container.unproxied(each))
             for each in decision.pod["spec"][field]
             if each["name"] not in container.CONTAINERS
         ]
