@@ -56,9 +56,13 @@ class Answer:
         No client reads a list from an error status, and what stands there is often no JSON-RPC at all, so it passes.
         """
         # As lax as the laxest client, which looks for these names anywhere in the value.
-        kinds = b",".join(value.lower() for name, value in headers if name == b"content-type")
+        kinds, is_encoded = b"", False
+        for name, value in headers:
+            if name == b"content-type":
+                kinds += b"," + value.lower()
+            elif name == b"content-encoding" and value.lower() != b"identity":
+                is_encoded = True
         is_json, is_stream = b"application/json" in kinds, b"text/event-stream" in kinds
-        is_encoded = any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers)
         if status >= 400:
             self._is_error = True
             is_stream, is_json = False, is_json and not is_encoded

@@ -17,8 +17,7 @@ from sidecar.core.ownership import Owned
 from sidecar.core.revision import Revision
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class Reader(msgspec.Struct, frozen=True, kw_only=True):  # one for each call; made faster than a frozen dataclass
     """For whom the server's messages are judged: the sender of the permitted message that they come back to."""
 
     permit: Permit
