@@ -48,7 +48,7 @@ def outbound(ports: Sequence[int]) -> Rules:
     listed = f"{{ {', '.join(map(str, wanted))} }}" if len(wanted) > 1 else str(wanted[0])
     return {
         "outbound": (
-            "type nat hook output priority dstnat; policy accept;",
+            "type nat hook output priority -100; policy accept;",
             'oifname "lo" accept',
             f"meta skuid {USER_ID} accept",
             f"tcp dport {listed} redirect to :{EGRESS_PORT}",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.config import USER_ID
 from tests.parts import part
 
 pytestmark = pytest.mark.e2e
@@ -36,8 +37,25 @@ while True:
         connection.close()
 """
 
+# The sidecar's own code says where each connection was going.
+EGRESS = """
+import selectors, socket
+from sidecar.shell.egress_listener import _bind, original_address
+selector = selectors.DefaultSelector()
+for listener in _bind(15001):
+    selector.register(listener, selectors.EVENT_READ)
+print("listening", flush=True)
+while True:
+    for key, _ in selector.select():
+        connection, _ = key.fileobj.accept()
+        connection.sendall(f"15001 {original_address(connection)}".encode())
+        connection.close()
+"""
+
 CLIENT = """
-import socket, sys
+import encodings.idna, os, socket, sys  # the first before the user changes: it is loaded late
+if len(sys.argv) > 3:
+    os.setuid(int(sys.argv[3]))
 try:
     with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3) as connection:
         print(connection.recv(100).decode())
@@ -62,9 +80,9 @@ class Wire:
         inside = ["ip", "netns", "exec", space, *map(str, command)]
         return subprocess.run(inside, input=text, capture_output=True, text=True, check=False, timeout=30)
 
-    def ask(self, space: str, host: str, port: int) -> str:
-        """What a connection from *space* is answered."""
-        return self.run(space, sys.executable, "-c", CLIENT, host, str(port)).stdout.strip()
+    def ask(self, space: str, host: str, port: int, *user: int) -> str:
+        """What a connection from *space*, as *user*, is answered."""
+        return self.run(space, sys.executable, "-c", CLIENT, host, str(port), *map(str, user)).stdout.strip()
 
 
 @pytest.fixture
@@ -110,9 +128,9 @@ def nft() -> Path:
     return part("node-tools") / "nft"
 
 
-def load_in(wire: Wire, nft: Path) -> None:
+def load_in(wire: Wire, nft: Path, chosen: str = "net.RULES") -> None:
     """Load the rules as the init container does, in the pod's namespace."""
-    program = f"import pathlib; from sidecar.shell import net; net.load(pathlib.Path({str(nft)!r}))"
+    program = f"import pathlib; from sidecar.shell import net; net.load(pathlib.Path({str(nft)!r}), chosen={chosen})"
     done = wire.run(wire.pod, sys.executable, "-c", program)
     assert not done.stderr
     assert done.returncode == 0
@@ -156,3 +174,25 @@ def test_loading_twice_leaves_one_set_of_rules(wire: Wire, nft: Path) -> None:
 
     assert wire.run(wire.pod, nft, "list", "ruleset").stdout == once
     assert once.count("redirect") == 1
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_an_agents_calls_to_the_named_ports_arrive_at_its_sidecar(wire: Wire, nft: Path, family: int) -> None:
+    """With their address; not the sidecar's own, no other port, nothing on loopback, and nothing inbound."""
+    load_in(wire, nft, "net.outbound([8080])")
+    command = ["ip", "netns", "exec", wire.pod, sys.executable, "-u", "-c", EGRESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as egress:
+        try:
+            assert egress.stdout is not None
+            assert egress.stdout.readline() == b"listening\n"
+            loopback = {4: "127.0.0.1", 6: "::1"}[family]
+
+            assert wire.ask(wire.pod, CALLER[family], 8080) == f"15001 ('{CALLER[family]}', 8080)"
+            assert wire.ask(wire.pod, CALLER[family], 8080, 1000) == f"15001 ('{CALLER[family]}', 8080)"
+            assert wire.ask(wire.pod, CALLER[family], 8080, USER_ID) == "8080"
+            assert wire.ask(wire.pod, CALLER[family], 15020) == "15020"
+            assert wire.ask(wire.pod, loopback, 8080) == "8080"
+            assert wire.ask(wire.pod, loopback, 15001) == "15001 None"
+            assert wire.ask(wire.caller, POD[family], 8080) == "8080"
+        finally:
+            egress.kill()

@@ -32,7 +32,7 @@ add table inet sidegate
 delete table inet sidegate
 table inet sidegate {
 	chain outbound {
-		type nat hook output priority dstnat; policy accept;
+		type nat hook output priority -100; policy accept;
 		oifname "lo" accept
 		meta skuid 15100 accept
 		tcp dport { 443, 8000 } redirect to :15001
