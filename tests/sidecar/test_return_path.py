@@ -4,6 +4,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 import pytest
+from msgspec import Raw
 
 from sidecar import return_path as module
 from sidecar.core.message import Ask, Message, Shape
@@ -148,3 +149,12 @@ def test_an_endpoint_of_another_cannot_be_had() -> None:
 
     assert caught.value.reason is Reason.UPSTREAM
     assert memory.sessions.require("/messages", a_principal())
+
+
+def test_what_tools_say_of_headers_is_learnt() -> None:
+    """From every list that passes; the next call is held to it."""
+    memory = Memory()
+    schema = b'{"name":"a","inputSchema":{"properties":{"region":{"type":"string","x-mcp-header":"Region"}}}}'
+    note(Seen(data=b"", tools=[("a", Raw(schema))]), under_way(), memory)
+
+    assert [each.header for each in memory.param_headers.known["a"]] == [b"mcp-param-region"]
