@@ -474,7 +474,7 @@ class Turn:
             exchange.refusal = refusal or exchange.refusal
         profile = self._exchange.profile
         denied = "error" if profile is None else profile.denied
-        if len(self.exchanges) > 1:
+        if refusal is None or len(self.exchanges) > 1:
             refused = [(each.refusal, each.message) for each in self.exchanges if each.refusal is not None]
             response = answer_batch(refused, denied)
         else:
@@ -482,7 +482,8 @@ class Turn:
             response = answer(self._exchange.refusal, self._exchange.message, denied)
             response = self._serving.deliver(self._exchange, response)
         nobody = self._request.connection.peer is None and response.status in (401, 403)  # must not hold a place
-        self._is_last = self._is_last or nobody or response.status in (400, 413)
+        is_unread = response.status == 413 or (response.status == 400 and self._exchange.request_id is None)
+        self._is_last = self._is_last or nobody or is_unread
         self._status, self._reason, self._headers = response.status, b"", self._readable(response.headers)
         self._end(b"" if self._request.connection.method == "HEAD" else response.body)
 
