@@ -23,7 +23,9 @@ MAX_TOOLS: Final = 200  # series of each further tool are counted under "other"
 MAX_SERIES: Final = 1000  # of the histogram; 17 lines each, written in about 10 ms
 OTHER: Final = "other"
 # Codes that JSON-RPC and MCP define; a server's own are counted together.
-KNOWN_CODES: Final = frozenset({-32700, -32600, -32601, -32602, -32603, -32000, -32001, -32002, -32042})
+KNOWN_CODES: Final = frozenset(
+    {-32700, -32600, -32601, -32602, -32603, -32000, -32001, -32002, -32020, -32021, -32022, -32042}
+)
 
 
 class Histogram:
