@@ -3,6 +3,15 @@
 # Where a registry must not be reached, pass images of your own: --build-arg PYTHON_IMAGE=… --build-arg OPA_IMAGE=…
 ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-bookworm
 ARG OPA_IMAGE=docker.io/openpolicyagent/opa:1.22.2-static
+# Any with gcc and a static C library; Debian's is fetched where there is none.
+ARG COMPILER_IMAGE=${PYTHON_IMAGE}
+
+FROM ${COMPILER_IMAGE} AS relay
+# hadolint ignore=DL3008
+RUN command -v gcc >/dev/null || { apt-get update -qq \
+      && apt-get install --quiet --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; }
+COPY relay/relay.c /relay.c
+RUN gcc -std=c11 -O2 -s -static -Wall -Wextra -Werror -o /sidegate-relay /relay.c
 
 FROM ${PYTHON_IMAGE} AS sidecar-tree
 COPY requirements/sidecar.txt /requirements.txt
@@ -21,6 +30,7 @@ FROM ${PYTHON_IMAGE} AS sidecar
 RUN { command -v nft >/dev/null || { apt-get update -qq \
       && apt-get install --quiet --yes --no-install-recommends nftables && rm -rf /var/lib/apt/lists/*; }; } \
     && python -m pip uninstall --quiet --yes --root-user-action=ignore pip
+COPY --from=relay /sidegate-relay /usr/local/bin/sidegate-relay
 COPY --from=sidecar-tree /tree /opt/sidegate
 ENV PYTHONPATH=/opt/sidegate PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 WORKDIR /

@@ -408,6 +408,7 @@ PARTS: Mapping[str, Part] = {
     "python-root": Part(
         recipe=DebianTree(packages=(*_IMAGE_BASE, "python3", "python3-venv", "libstdc++6", "nftables", "iptables"))
     ),
+    "gcc-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "gcc", "libc6-dev"))),
     "node-root": Part(recipe=DebianTree(packages=(*_IMAGE_BASE, "libstdc++6", "libatomic1"))),
     # MCP servers as their users run them.
     "kubernetes-mcp-server": Part(recipe=NpmPackages(packages=("kubernetes-mcp-server-linux-amd64@0.0.67",))),

@@ -207,6 +207,12 @@ def opa() -> Image:
     return image("localhost/opa:1.22.2", {"opa": part("opa")}, entrypoint=("/opa",))
 
 
+def compiler() -> Image:
+    """gcc with a static C library (build argument COMPILER_IMAGE)."""
+    root = part("gcc-root")
+    return image("localhost/gcc:1", {"": root}, _machine_files(root))
+
+
 def python(reference: str = "localhost/python:3.11", *requirements: str, layers: Sequence[Layer] = ()) -> Image:
     """Python 3.11 with pip, nft and iptables (build argument PYTHON_IMAGE), *requirements* from PyPI and *layers*."""
     root = part("python-root")

@@ -55,7 +55,7 @@ def provider_image() -> images.Image:
 @functools.cache
 def product_image(target: str) -> images.Image:
     """One of the two images of our Dockerfile."""
-    arguments = {"PYTHON_IMAGE": images.python(), "OPA_IMAGE": images.opa()}
+    arguments = {"PYTHON_IMAGE": images.python(), "OPA_IMAGE": images.opa(), "COMPILER_IMAGE": images.compiler()}
     tag = f"registry.example/sidegate/{target}:e2e"
     return images.build(REPOSITORY / "Dockerfile", REPOSITORY, tag=tag, target=target, arguments=arguments)
 
