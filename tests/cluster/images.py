@@ -208,7 +208,7 @@ def opa() -> Image:
 
 
 def compiler() -> Image:
-    """gcc with a static C library (build argument COMPILER_IMAGE)."""
+    """GCC with a static C library (build argument COMPILER_IMAGE)."""
     root = part("gcc-root")
     return image("localhost/gcc:1", {"": root}, _machine_files(root))
 

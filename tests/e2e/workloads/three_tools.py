@@ -28,4 +28,7 @@ def execute_query(sql: str, password: str = "", destructive: bool = False, secon
 
 
 if __name__ == "__main__":
-    server.run("streamable-http", host="0.0.0.0", port=int(sys.argv[1]))
+    if sys.argv[1] == "stdio":
+        server.run("stdio")
+    else:
+        server.run("streamable-http", host="0.0.0.0", port=int(sys.argv[1]))
