@@ -67,14 +67,14 @@ test: $(READY)
 	echo "test: parts"
 	$(BIN)/python -m tests.parts opa helm >/dev/null
 	echo "test: pytest"
-	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire" --ignore tests/e2e --cov --cov-report term:skip-covered
+	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire and not real_provider" --ignore tests/e2e --cov --cov-report term:skip-covered
 
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
 	echo "e2e: parts (20 minutes at first, on two cores)"
 	$(BIN)/python -m tests.parts $$($(BIN)/python -m tests.parts) >/dev/null
 	echo "e2e: pytest"
-	$(BIN)/python -m pytest --quiet -m "e2e or real_spire" tests
+	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider" tests
 
 conformance: $(READY)
 	echo "conformance: parts"

@@ -22,7 +22,7 @@ def verifying_key(described: Mapping[str, Any], algorithms: Sequence[str]) -> jw
     operations = described.get("key_ops", ["verify"])
     if described.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
         return None
-    if "d" in described:  # a private key that everybody can read proves nothing
+    if "d" in described or described.get("kty") == "oct":  # a private key that everybody can read proves nothing
         return None
     named = described.get("alg")
     for algorithm in algorithms if named is None else (named,):

@@ -33,7 +33,7 @@ def login(issuer: str, audience: str, user: str, ca_file: str) -> str:
     verifier = secrets.token_urlsafe(32)
     challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
     cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
-    tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file))
+    tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file or None))
     browser = urllib.request.build_opener(cookies, tls, _Stay())
     query = {
         "client_id": "agent", "response_type": "code", "redirect_uri": REDIRECT, "scope": "openid mcp", "resource": audience,
