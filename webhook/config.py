@@ -64,6 +64,9 @@ class Settings:
     admission_port: int = setting_of(port_number, "Port of the admission webhook.", default=10250)
     bundles_port: int = setting_of(port_number, "Port of the bundle endpoint.", default=8443)
     metrics_port: int = setting_of(port_number, "Port of health and metrics.", default=9090)
+    spiffe_hint: str = setting_of(
+        str, "Hint of the SVID that sidecars use when the agent offers them several; empty: the only one.", default=""
+    )
     spiffe_socket: str = setting_of(
         str,
         "Address of the SPIFFE Workload API, as SPIFFE_ENDPOINT_SOCKET; sidecars find a socket of the same name.",
@@ -179,6 +182,7 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
         weakest_capture=Capture(settings.weakest_capture),
         excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
         sidecar=SidecarSettings(
+            spiffe_hint=settings.spiffe_hint,
             spiffe_socket=f"unix:{SPIFFE_DIR}/{settings.spiffe_socket.rpartition('/')[2]}",  # one driver serves both
             control_plane=f"https://{settings.service}.{settings.namespace}.svc:8443",
             control_plane_id=settings.control_plane_id,

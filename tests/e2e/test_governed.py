@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.cluster.cluster import Cluster, CommandError
-from tests.e2e.governed import Governed
+from tests.e2e.governed import Governed, container, deployment, resource, service, workload_image
 
 if TYPE_CHECKING:
     from tests.cluster.spire import Spire
@@ -73,6 +73,39 @@ def test_a_public_server_is_governed_alike(governed: Governed) -> None:
     assert [result["ok"] for result in analyst["results"]] == [True, False]
     assert [result["ok"] for result in engineer["results"]] == [True, False]
     assert "Ada" in engineer["results"][0]["text"]
+
+
+def test_a_stdio_server_is_governed_alike(governed: Governed) -> None:
+    """It has no port and opens none: one annotation, and its command is wrapped. Each session has a process of its own."""
+    wanted = container("server", workload_image(), "python3", "/opt/app/three_tools.py", "stdio")
+    made = deployment("demo", "piped", wanted)
+    made["spec"]["template"]["metadata"]["annotations"] = {"sidegate.dev/transport": "stdio"}
+    reached = service("demo", "piped", 8000)
+    reached["spec"]["ports"][0]["targetPort"] = "mcp"
+    governed.cluster.apply(made, reached)
+    governed.cluster.kubectl("--namespace", "demo", "rollout", "status", "deployment/piped", "--timeout=180s")
+    url = "https://piped.demo.svc:8000/mcp"
+    analyst = governed.ask(url, READ, RUN, READ, user="alice")
+    engineer = governed.ask(url, RUN, DESTROY, user="bob")
+
+    assert analyst["tools"] == ["list_tables", "read_schema"]
+    assert [result["ok"] for result in analyst["results"]] == [True, False, True]
+    assert [result["ok"] for result in engineer["results"]] == [True, False]
+    pod = governed.pod("piped")
+    assert pod["spec"]["containers"][0]["command"][:2] == ["/.sidegate/relay", "15010"]
+    assert pod["spec"]["containers"][0]["command"][3:] == wanted["command"]
+    assert [each["name"] for each in pod["spec"]["initContainers"]][1] == "sidegate-relay"
+    exec_in = ("--namespace", "demo", "exec", pod["metadata"]["name"], "--container=server", "--")
+    processes = (
+        'import glob; print(sum(b"three_tools" in open(p, "rb").read() for p in glob.glob("/proc/[0-9]*/cmdline")))'
+    )
+    running = ("python3", "-c", processes)
+    # The relay and this very command name it too; no process of a session is left.
+    governed.cluster.wait_until(
+        "the sessions' processes are gone",
+        lambda: int(governed.cluster.kubectl(*exec_in, *running)) == 2,
+        timeout_s=30,
+    )
 
 
 def test_the_record_and_the_span_say_who_did_what(governed: Governed) -> None:
@@ -258,3 +291,73 @@ def _svid_expiry(governed: Governed) -> float:
     metrics = governed._in_agent("python3", "-c", script)
     line = next(each for each in metrics.splitlines() if each.startswith("sidegate_svid_expiry_timestamp_seconds"))
     return float(line.split()[-1])
+
+
+PLAIN = RECORDS.replace("https:", "http:")
+
+
+@pytest.fixture(scope="module")
+def planner(governed: Governed) -> str:
+    """An unmodified agent in a namespace of its own, labelled; gives its SPIFFE ID."""
+    cluster, namespace = governed.cluster, "planners"
+    cluster.make_namespace(namespace)
+    cluster.kubectl("label", "namespace", namespace, "sidegate.dev/injection=enabled")
+    servers = [{"host": "records.demo", "port": 8000}]
+    profile = {"selector": {"matchLabels": {"app": "planner"}}, "agent": {"servers": servers}}
+    agent = container("agent", workload_image(), "sleep", "1000000")
+    pod = deployment(namespace, "planner", agent)
+    pod["spec"]["template"]["metadata"]["labels"]["sidegate.dev/agent"] = "true"
+    cluster.apply(resource("MCPServerProfile", "planner", profile, namespace=namespace))
+    cluster.wait_until("the webhook knows the profile", lambda: _applied(cluster, pod), timeout_s=30)
+    cluster.kubectl("--namespace", namespace, "rollout", "status", "deployment/planner", "--timeout=180s")
+    spiffe_id = f"spiffe://{governed.spire.trust_domain}/ns/{namespace}/sa/default"
+    callers = [f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default", spiffe_id]
+    patch = json.dumps({"spec": {"identity": {"callers": callers}}})
+    cluster.kubectl("--namespace", "demo", "patch", "mcpserverprofile/servers", "--type=merge", f"--patch={patch}")
+    return spiffe_id
+
+
+def _applied(cluster: Cluster, pod: dict[str, Any]) -> bool:
+    """Make the Deployment; say whether its pods are let in."""
+    cluster.apply(pod)
+    found = cluster.get("--namespace", "planners", "pods", "--selector=app=planner")["items"]
+    return any("sidegate.dev/injected" in each["metadata"]["labels"] for each in found)
+
+
+def _plan(governed: Governed, **task: Any) -> dict[str, Any]:
+    """Have the planner call over plain HTTP; return what its SDK saw."""
+    full = {"url": PLAIN, "plain": True, "calls": [list(READ)], **task}
+    prefix = ("--namespace", "planners", "exec", "--stdin", "deployment/planner", "--container=agent", "--")
+    text = governed.cluster.kubectl(*prefix, "python3", "/opt/app/agent.py", input=json.dumps(full), timeout_s=120)
+    outcome: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return outcome
+
+
+def test_an_unmodified_agent_and_an_unmodified_server_know_each_other(governed: Governed, planner: str) -> None:
+    """Two namespaces, both labelled, nothing changed in either program: each record names both identities."""
+    token = governed.token("alice")
+    governed.cluster.wait_until(
+        "the new caller is let in", lambda: "results" in _plan(governed, token=token), timeout_s=60
+    )
+    outcome = _plan(governed, token=token)
+
+    assert outcome["results"][0]["ok"], outcome
+    logs = governed.cluster.kubectl("--namespace", "planners", "logs", "deployment/planner", "--container=sidegate")
+    out = [json.loads(line) for line in logs.splitlines() if '"outbound"' in line]
+    called = next(each for each in reversed(out) if (each["message"] or {}).get("method") == "tools/call")
+    answered = next(each for each in reversed(governed.audit("records")) if each["trace_id"] == called["trace_id"])
+    server = f"spiffe://{governed.spire.trust_domain}/ns/demo/sa/default"
+    assert (called["who"]["workload"], called["destination"]["workload"]) == (planner, server)
+    assert answered["who"]["workload"] == planner
+    assert answered["who"]["user"]["email"] == "alice@corp.example"
+    assert answered["agent"]["session"] == called["agent"]["session"] is not None
+
+
+def test_strict_refuses_the_same_call_without_a_sidecar(governed: Governed, planner: str) -> None:
+    """The same program, the same user, a pod that nobody labelled: 401, and audited."""
+    outcome = governed.ask(PLAIN, READ, user="alice", plain=True)
+
+    assert planner
+    assert "401" in outcome["error"]
+    refused = [each for each in governed.audit("records") if each["decision"]["detail"] == "no SVID"]
+    assert refused

@@ -2,6 +2,7 @@
 
 Takes one JSON object on standard input: {"url", "expected", "token", "session", "calls": [[tool, arguments], …], "seconds"}; prints one:
 {"tools": […], "results": [{"ok": true, "text": …} | {"ok": false, "code": …, "message": …}], "svids": […]} or {"error": …}.
+With "plain" it uses no SVID: it is for a sidecar to add one.
 With "seconds" it repeats the calls for so long, on a new session every ten seconds, and prints how many there were and what failed.
 """
 
@@ -38,7 +39,7 @@ async def call(session: ClientSession, tool: str, arguments: dict[str, Any]) -> 
 @contextlib.asynccontextmanager
 async def opened(task: dict[str, Any], verify: Any) -> AsyncIterator[tuple[ClientSession, list[str]]]:
     """Open a session; give it, and the names of the tools that it shows."""
-    headers = {"sidegate-agent-session": task.get("session", "e2e-1")}
+    headers = {} if task.get("plain") else {"sidegate-agent-session": task.get("session", "e2e-1")}
     if task.get("token"):
         headers["authorization"] = f"Bearer {task['token']}"
     async with (
@@ -75,7 +76,7 @@ async def main() -> None:
     """Read the task, get an SVID, do it, print the outcome."""
     task = json.load(sys.stdin)
     if task.get("plain"):
-        print(json.dumps(await tried(task, False)))
+        print(json.dumps(await tried(task, lambda: False)))
         return
     source, client = X509Source(SOCKET), MutualClient()
     source.subscribe(client.follow)
