@@ -1,6 +1,7 @@
 """`make matrix`: client SDKs and ambiguous requests at real servers, through the sidecar; 1 when anything is amiss.
 
-Prints two tables and writes them, whole, to build/matrix.json.
+Prints two tables and writes them, whole, to build/matrix.json. `python -m tests.matrix shapes` prints a third, which is no
+test: what clients make of refusals of other shapes.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from typing import Any, Final
 from tests.matrix.clients import Came, Meeting, meet, meetings
 from tests.matrix.differential import Caller, Effect, rows
 from tests.matrix.rig import CLIENTS, SERVERS, Program, governed, serving
+from tests.matrix.shapes import SHAPES, measure
 
 AT_ONCE: Final = 3  # meetings; most of their time is starting and waiting
 OUTPUT: Final = Path("build/matrix.json")
@@ -37,6 +39,10 @@ async def main(only: str) -> int:
                        for column, (direct, through) in each.items()}
                 for name, each in cells.items()
             }  # fmt: skip
+        if only == "shapes":
+            said["shapes"] = await measure(Path(scratch), AT_ONCE)
+            lines = [[client, *shapes.values()] for client, shapes in said["shapes"].items()]
+            _table("client", SHAPES, lines)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(said, indent=1))
     return 1 if amiss else 0

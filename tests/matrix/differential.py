@@ -279,6 +279,9 @@ def _batches() -> Iterator[Row]:
         label = version or "no version"
         yield _text(f"batch of one, {label}", f"[{other}]", headers=headers, eras=(LEGACY,))
         yield _text(f"batch of two, {label}", f"[{one},{other}]", headers=headers, eras=(LEGACY,))
+        yield _text(
+            f"batch of two allowed, {label}", f"[{one},{one.replace(':6,', ':7,')}]", headers=headers, eras=(LEGACY,)
+        )
         yield _text(f"batch in a batch, {label}", f"[[{other}]]", headers=headers, eras=(LEGACY,))
     yield _text("batch", f"[{other}]", eras=(MODERN,))
     yield _text(
@@ -295,7 +298,7 @@ def _headers() -> Iterator[Row]:
         yield Row(name=f"{name} of another", body=_drop, headers={name: (good,)})
         yield Row(name=f"{name} absent", body=_drop, headers={name: None}, eras=(MODERN,))
         yield Row(name=f"{name} in capitals", body=_drop, headers={name: (evil.upper(),)}, eras=(MODERN,))
-    yield Row(name="mcp-name drop, body mark", body=_mark)
+    yield Row(name="mcp-name drop, body mark", body=_mark, headers={"mcp-name": ("drop",)})
     yield Row(name="sentinel", body=_drop, headers={"mcp-name": ("=?base64?ZHJvcA==?=",)})
     yield Row(name="sentinel of another", body=_drop, headers={"mcp-name": ("=?base64?bWFyaw==?=",)})
     yield Row(name="sentinel without padding", body=_drop, headers={"mcp-name": ("=?base64?ZHJvcA?=",)})
