@@ -15,6 +15,7 @@ from tests.parts import PartError
 
 ALLOWED: Final = {"add", "count", "mark", "paced", "wait"}
 LONGEST_S: Final = 240.0
+SESSIONLESS: Final = "Go 1.8 stateless"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ def _server_faults(meeting: Meeting, server: Place) -> Iterator[str]:
     if ran.count("paced") != 1:
         yield f"the limited tool ran {ran.count('paced')} times"
     # Without sessions there is nothing by which an older client's cancellation finds its call, direct or not.
-    sessionless = meeting.server.name == "Go 1.8 stateless" and meeting.speaks == LEGACY
+    sessionless = meeting.server.name == SESSIONLESS and meeting.speaks == LEGACY
     if ("cancelled" in ran) == sessionless:
         yield "the cancellation did not reach the server" if not sessionless else "a cancellation reached the server"
 
@@ -128,9 +129,7 @@ def _audit_faults(meeting: Meeting, sidecar: Place) -> Iterator[str]:
         if reasons.count(reason) != 1:
             yield f"{reasons.count(reason)} records say {reason}"
     expected = {None, "denied", "throttled"}
-    if (
-        meeting.speaks == MODERN
-    ):  # Go closes the call's stream, which cancels it, and says so when there is no call any more
-        expected.add("unsolicited")
+    if meeting.speaks == MODERN or meeting.server.name == SESSIONLESS:
+        expected.add("unsolicited")  # Go gives a call up and says so afterwards, when there is no call any more
     if other := set(reasons) - expected:
         yield f"records say {sorted(other)}"
