@@ -99,7 +99,7 @@ class Caller:
 
 
 @asynccontextmanager
-async def a_sidecar(agent: SpireAgent, upstream: int, folder: Path, **identity: str) -> AsyncIterator[tuple[App, int]]:
+async def a_sidecar(address: str, upstream: int, folder: Path, **identity: str) -> AsyncIterator[tuple[App, int]]:
     """The whole process but its main(), in front of *upstream*; gives it and its port."""
     profile = Profile(
         server=Server(namespace="pay", workload="billing", name="billing", port=upstream),
@@ -109,7 +109,7 @@ async def a_sidecar(agent: SpireAgent, upstream: int, folder: Path, **identity: 
     bundle = Bundle(revision="r1", files={"cedar/all.cedar": b"permit(principal, action, resource);"}, profile=profile)
     settings = Settings(
         listen_host="127.0.0.1", listen_port=0, health_host="127.0.0.1", health_port=0, drain_s=1.0,
-        spiffe_socket=agent.address, audit_sink=str(folder / "audit.jsonl"), connection_grace_s=1.0,
+        spiffe_socket=address, audit_sink=str(folder / "audit.jsonl"), connection_grace_s=1.0,
     )  # fmt: skip
     app = App(settings, bundle=bundle)
     listening: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
@@ -130,7 +130,7 @@ async def a_meeting(folder: Path, **identity: str) -> AsyncIterator[tuple[SpireA
     async with (
         federated(a, b),
         a_server(echo_script()) as (_, upstream),
-        a_sidecar(a, upstream, folder, **identity) as (app, port),
+        a_sidecar(a.address, upstream, folder, **identity) as (app, port),
     ):
         caller = Caller(X509Source(b.address, timing=TIMING), f"https://127.0.0.1:{port}/mcp")
         caller.source.subscribe(caller.client.follow)
@@ -311,7 +311,7 @@ async def test_keys_touch_no_disk(tmp_path: Path) -> None:
     serials: set[int] = set()
     async with agent.up(), a_server(echo_script()) as (_, upstream):
         with files_written() as written:
-            async with a_sidecar(agent, upstream, tmp_path) as (app, _):
+            async with a_sidecar(agent.address, upstream, tmp_path) as (app, _):
                 assert app._identity
                 app._identity.source.subscribe(lambda held: serials.add(held.svid.serial) if held else None)
                 await until(lambda: len(serials) >= 4, what="rotations")
