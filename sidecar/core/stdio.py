@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from sidecar.core.message import RequestId, Shape
+from sidecar.core.message import MAX_ID, RequestId, Shape
 
 MAX_LINE_BYTES: Final = 16 * 2**20  # as of a JSON response over HTTP (sidecar/core/answer.py)
 SUBSCRIPTION: Final = ("_meta", "io.modelcontextprotocol/subscriptionId")
@@ -111,7 +111,8 @@ def read_line(data: bytes) -> Line | None:
         line = _line.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return line if line.jsonrpc == "2.0" and line.shape is not None else None
+    is_id = not isinstance(line.id, int) or abs(line.id) <= MAX_ID  # one that we could not write is none
+    return line if line.jsonrpc == "2.0" and is_id and line.shape is not None else None
 
 
 def spliced(document: bytes, path: Sequence[str], value: object) -> bytes:

@@ -202,7 +202,10 @@ class Serving:
                 self._spawn(self._fetch_and_send(admission, exchanges, requester, profile.identity))
                 return
             exchange.credentials = credentials
-        self._send(admission, exchange, requester)
+        try:
+            self._send(admission, exchange, requester)
+        except Refusal as refusal:  # the way is barred: a session whose process has ended, too many processes
+            self._not_sent(exchanges, requester, refusal)
 
     async def _fetch_and_send(
         self, admission: Admission, exchanges: Sequence[Exchange], requester: Requester, identity: Identity
@@ -226,6 +229,7 @@ class Serving:
         if requester.is_over:
             return
         for each in exchanges:
+            release(each, self.memory)
             each.refusal, each.admission = refusal, None
         requester.refuse(refusal if len(exchanges) == 1 else None)
 

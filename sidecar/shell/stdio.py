@@ -211,17 +211,15 @@ class Stdio:
         question = admission.permit.question
         message, server = question.message, question.server
         _check_accept(exchange.connection, message)
-        opens = None
         if message.revision.is_modern or message.method == "initialize":
             is_own = server.processes == "session" and not message.revision.is_modern
             kept = server.processes if server.processes == "shared" else "stateless"
             owner = self._new(Own(), server.port) if is_own else self._shared(kept, server.port)
-            if message.method == "initialize":
-                opens = self._open_session(owner)
         else:
             owner = self._session(exchange.session_id)
         parts = _parts(message, exchange.connection)
         owner.check(parts)
+        opens = self._open_session(owner) if message.method == "initialize" else None
         answers = sum(each.shape is Shape.REQUEST for each in parts)
         call = Turnaround(sink, owner, message, answers=answers, session_id=opens)
         for each in parts:

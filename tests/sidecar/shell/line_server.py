@@ -13,12 +13,14 @@ def say(**members: Any) -> None:
     sys.stdout.flush()
 
 
-def act(message: dict[str, Any]) -> None:  # noqa: C901, PLR0912 - a table in the form of code
+def act(message: dict[str, Any], heard: list[Any]) -> None:  # noqa: C901, PLR0912 - a table in the form of code
     """Do what *message* wants."""
     params = message.get("params") or {}
     do, token = params.get("uri", "answer"), (params.get("_meta") or {}).get("progressToken")
     result: dict[str, Any] = {"pid": os.getpid(), "heard": message}
     match do:
+        case "history":
+            result["heard"] = heard
         case "hang":
             return
         case "die":
@@ -67,7 +69,7 @@ def main() -> None:
         elif message.get("method") == "ping":
             say(id=message["id"], result={"heard": heard})
         elif "id" in message:
-            act(message)
+            act(message, heard)
 
 
 if __name__ == "__main__":

@@ -411,10 +411,10 @@ async def test_a_stateless_client_that_disconnects_cancels() -> None:
         await eventually(lambda: process.pipe is not None, what="the process")
         await client.close()
         await eventually(lambda: it.path.exchanges, what="its end")
-        ping = {"jsonrpc": "2.0", "id": 2, "method": "ping", "params": {"_meta": {VERSION: MODERN, CAPABILITIES: {}}}}
-        heard = result(await it.post(ping, f"MCP-Protocol-Version: {MODERN}", "Mcp-Method: ping"))["heard"]
+        document, headers = modern("history")
+        heard = result(await it.post(document, *headers))["heard"]
 
-    assert [each["method"] for each in heard] == ["resources/read", "notifications/cancelled", "ping"]
+    assert [each["method"] for each in heard] == ["resources/read", "notifications/cancelled", "resources/read"]
     assert heard[1]["params"]["requestId"] == heard[0]["id"] != "mine"
 
 
@@ -497,6 +497,21 @@ async def test_a_batch_is_a_line_for_each_message() -> None:
         heard = await it.post(batch, f"Mcp-Session-Id: {session_id}", "MCP-Protocol-Version: 2025-03-26")
 
     assert [each["id"] for each in events(heard.body)] == [1, 2]
+
+
+async def test_a_batch_for_a_session_that_is_gone_is_answered_once() -> None:
+    """As a single message would be; nothing of it is recorded as allowed."""
+    async with governed() as it:
+        session_id = await it.open()
+        await it.read("die", session_id)
+        headers = (f"Mcp-Session-Id: {session_id}", "MCP-Protocol-Version: 2025-03-26")
+        heard = await it.post([request("answer", 1), request("answer", 2)], *headers)
+        refused = [each for each in it.path.exchanges if each.refusal and each.refusal.reason is Reason.NOT_FOUND]
+
+    assert heard.line in (b"HTTP/1.1 404 Not Found", b"HTTP/1.1 200 OK")
+    assert heard.body.count(b'"error"') in (1, 2)
+    assert len(refused) == 2
+    assert all(each.admission is None for each in refused)
 
 
 async def test_through_the_relay_it_is_the_same() -> None:
