@@ -14,13 +14,12 @@ from urllib.parse import quote
 import msgspec
 from jwt.utils import base64url_encode
 
-from sidecar.core.profile import Client, Provider, TokenExchange
+from sidecar.core.profile import JWT_BEARER, Client, Provider, TokenExchange
 
 EXCHANGE_GRANT: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
 ASSERTION_GRANT: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 ACCESS_TOKEN: Final = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a type's name
 JWT: Final = "urn:ietf:params:oauth:token-type:jwt"
-JWT_BEARER: Final = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_LIFE_S: Final = 60  # of a client assertion that we sign: one request
 DEFAULT_LIFE_S: Final = 60.0  # of an issued token that does not say; RFC 6749 only recommends expires_in
 MAX_LIFE_S: Final = 24 * 3600.0

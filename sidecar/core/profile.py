@@ -23,6 +23,7 @@ Host = Annotated[
     str, msgspec.Meta(pattern=r"^[a-z0-9._:\[\]-]+\Z", max_length=261)
 ]  # a name or address, with or without port
 Origin = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9+.-]*://[^/ ]+\Z", max_length=512)]  # as browsers write it
+JWT_BEARER = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
 
 
@@ -65,7 +66,7 @@ class Client(Record, frozen=True, kw_only=True):
 
     id: str = ""  # client_id; empty: the SPIFFE ID (jwt_svid only)
     method: Literal["jwt_svid", "private_key_jwt", "client_secret_basic", "client_secret_post"] = "jwt_svid"
-    assertion_type: str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # of a JWT-SVID; or …:jwt-spiffe
+    assertion_type: str = JWT_BEARER  # of a JWT-SVID; or …:jwt-spiffe
     audience: str | None = None  # of the assertion; None: the issuer
     file: str | None = None  # that holds the secret or the private key (PEM), in the sidecar's file system
     key_id: str | None = None  # of the private key, where the provider knows several

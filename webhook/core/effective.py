@@ -16,13 +16,16 @@ from sidecar.core.profile import (
     AgentRole,
     Audit,
     ClaimPaths,
+    Client,
     Destination,
     Identity,
     Limit,
     Profile,
     Provider,
     Server,
+    StepUp,
     Telemetry,
+    TokenExchange,
     Transport,
 )
 from webhook.core import annotations
@@ -229,16 +232,25 @@ def _identity(
         notes.append("spec.identity.jwtSvid: allowed is looser than the cluster's off, which holds")
     if wish.user == "optional" and defaults.user == "required":
         notes.append("spec.identity.user: optional is looser than the cluster's required, which holds")
-    return (
-        Identity(
+    exchange = None if wish.exchange is None else TokenExchange(**msgspec.structs.asdict(wish.exchange))
+    try:
+        identity = Identity(
             mtls="strict" if "strict" in (wish.mtls, defaults.mtls) else "permissive",
             user="required" if "required" in (wish.user, defaults.user) else "optional",
             callers=wish.callers,
             jwt_svid="allowed" if wish.jwt_svid == defaults.jwt_svid == "allowed" else "off",
             providers=tuple(_provider(each, providers) for each in wish.providers),
-        ),
-        tuple(notes),
-    )
+            resource=wish.resource,
+            scopes=wish.scopes,
+            step_up=tuple(StepUp(**msgspec.structs.asdict(each)) for each in wish.step_up),
+            dpop=wish.dpop,
+            dpop_nonce=wish.dpop_nonce,
+            upstream=wish.upstream,
+            exchange=exchange,
+        )
+    except ValueError as error:  # it contradicts itself
+        raise BadResource("MCPServerProfile", f"spec.identity: {error}") from error
+    return identity, tuple(notes)
 
 
 def _provider(reference: ProviderReference, providers: Mapping[str, IdentityProviderSpec]) -> Provider:
@@ -262,6 +274,11 @@ def _provider(reference: ProviderReference, providers: Mapping[str, IdentityProv
         algorithms=spec.algorithms,
         leeway_s=spec.leeway_seconds,
         claims=ClaimPaths(**msgspec.structs.asdict(spec.claims)),
+        id_tokens=spec.id_tokens,
+        introspection=spec.introspection,
+        introspection_endpoint=spec.introspection_endpoint,
+        token_endpoint=spec.token_endpoint,
+        client=None if spec.client is None else Client(**msgspec.structs.asdict(spec.client)),
     )
 
 

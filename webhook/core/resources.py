@@ -78,6 +78,25 @@ class ProviderReference(Record, frozen=True, kw_only=True):
     audiences: tuple[Name, ...] = ()
 
 
+class StepUpSpec(Record, frozen=True, kw_only=True):
+    """Scopes that some calls need."""
+
+    scopes: Annotated[tuple[profile.Scope, ...], msgspec.Meta(min_length=1)]
+    methods: tuple[Name, ...] = ("tools/call",)
+    tools: tuple[Name, ...] = ()
+
+
+class TokenExchangeSpec(Record, frozen=True, kw_only=True):
+    """For which token the user's is exchanged before a call goes on to the server."""
+
+    provider: Name
+    grant: Literal["token_exchange", "on_behalf_of"] = "token_exchange"
+    resource: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
+    audience: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
+    scopes: tuple[profile.Scope, ...] = ()
+    actor: bool = False
+
+
 class IdentitySpec(Record, frozen=True, kw_only=True):
     """Who may call at all."""
 
@@ -86,6 +105,13 @@ class IdentitySpec(Record, frozen=True, kw_only=True):
     callers: tuple[Annotated[str, msgspec.Meta(max_length=2048)], ...] = ()
     jwt_svid: Literal["off", "allowed"] = "off"
     providers: tuple[ProviderReference, ...] = ()
+    resource: profile.Url | None = None
+    scopes: tuple[profile.Scope, ...] = ()
+    step_up: tuple[StepUpSpec, ...] = ()
+    dpop: Literal["optional", "required"] = "optional"
+    dpop_nonce: bool = False
+    upstream: Literal["none", "token", "exchange", "header"] = "none"
+    exchange: TokenExchangeSpec | None = None
 
 
 class DestinationSpec(Record, frozen=True, kw_only=True):
@@ -166,6 +192,15 @@ class ClaimsSpec(Record, frozen=True, kw_only=True):
     role: str = "role"
     roles: str = "roles"
     groups: str = "groups"
+    scopes: str = "scope scp"
+
+
+class ClientSpec(Record, frozen=True, kw_only=True):
+    """How workloads prove to the provider who they are: by a JWT-SVID, so that nothing secret is stored."""
+
+    id: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    assertion_type: Annotated[str, msgspec.Meta(max_length=253)] = profile.JWT_BEARER
+    audience: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
 
 
 class IdentityProviderSpec(Record, frozen=True, kw_only=True):
@@ -178,6 +213,11 @@ class IdentityProviderSpec(Record, frozen=True, kw_only=True):
     algorithms: Annotated[tuple[Algorithm, ...], msgspec.Meta(min_length=1)] = ("RS256", "PS256", "ES256", "EdDSA")
     leeway_seconds: Annotated[int, msgspec.Meta(ge=0, le=120)] = 30
     claims: ClaimsSpec = ClaimsSpec()
+    id_tokens: bool = False
+    introspection: bool = False
+    introspection_endpoint: profile.Url | None = None
+    token_endpoint: profile.Url | None = None
+    client: ClientSpec | None = None
 
 
 Spec = TypeVar("Spec", ServerProfileSpec, PolicySpec, ClusterPolicySpec, LimitSpec, IdentityProviderSpec)

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sidecar.core.profile import Audit, Identity, Telemetry
+from sidecar.core.profile import Audit, Client, Identity, StepUp, Telemetry, TokenExchange
 from webhook.core import pod as pods
 from webhook.core import resources
 from webhook.core.annotations import Overrides
@@ -274,3 +274,55 @@ def test_jwt_svids_need_both_words(cluster: Any, wish: str, expected: str) -> No
 
     assert got.profile.identity.jwt_svid == expected
     assert any("jwtSvid" in note for note in got.notes) is ((cluster, wish) == ("off", "allowed"))
+
+
+PROVIDER = {
+    "issuer": "https://id.test",
+    "audiences": ["a"],
+    "client": {"assertionType": "urn:x", "audience": "y"},
+    "introspection": True,
+    "claims": {"roles": "realm_access.roles", "scopes": "scp"},
+}
+USERS = {
+    "providers": [{"name": "keycloak"}],
+    "resource": "https://mcp.test/mcp",
+    "scopes": ["mcp"],
+    "stepUp": [{"scopes": ["write"], "tools": ["execute"]}],
+    "dpop": "required",
+    "upstream": "exchange",
+    "exchange": {"provider": "keycloak", "audience": "api", "scopes": ["read"], "actor": True},
+}
+
+
+def with_users(**changes: Any) -> Identity:
+    """The identity of a profile that says everything of users."""
+    spec = msgspec.convert(PROVIDER, type=IdentityProviderSpec)
+    profile = a_profile(identity={**USERS, **changes})
+    given = NamespaceResources(profiles={"p": profile}, policies={}, limits={})
+    return combine(a_pod(), "pay", given, {"keycloak": spec}, Defaults()).profile.identity
+
+
+def test_what_a_profile_says_of_users_arrives() -> None:
+    """Field by field: what is lost here is not enforced there."""
+    identity = with_users()
+
+    assert (identity.resource, identity.scopes, identity.dpop) == ("https://mcp.test/mcp", ("mcp",), "required")
+    assert identity.step_up == (StepUp(scopes=("write",), tools=("execute",)),)
+    assert identity.exchange == TokenExchange(provider="keycloak", audience="api", scopes=("read",), actor=True)
+    assert identity.providers[0].client == Client(assertion_type="urn:x", audience="y")
+    assert (identity.providers[0].introspection, identity.providers[0].claims.scopes) == (True, "scp")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"resource": None}, "resource is needed"),
+        ({"exchange": None}, "go together"),
+        ({"upstream": "none"}, "go together"),
+        ({"exchange": {"provider": "okta"}}, "one of providers, with a client"),
+    ],
+)
+def test_what_contradicts_itself_is_an_error(changes: dict[str, Any], said: str) -> None:
+    """Where it is written, not in every pod."""
+    with pytest.raises(BadResource, match=said):
+        with_users(**changes)
