@@ -25,6 +25,7 @@ class Reason(StrEnum):
     HEADER_MISMATCH = "header_mismatch"  # a header that repeats the body says something else, or is missing
     UNSUPPORTED_VERSION = "unsupported_version"  # a protocol revision that is not known here
     UNKNOWN_METHOD = "unknown_method"  # a JSON-RPC method outside the table of sidecar/core/message.py
+    UNDECLARED = "undeclared"  # a method of an extension that the client did not say it has
     UNKNOWN_TASK = "unknown_task"  # a task that is not the caller's
     UNSOLICITED = "unsolicited"  # an answer that nobody asked for, or a cancellation of what is not the caller's
     DENIED = "denied"

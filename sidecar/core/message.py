@@ -7,18 +7,15 @@ revision has none. Refuses every method that the table below does not name. JSON
 (docs/explanation/threat-model.md).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-import orjson
-
-from sidecar.core.revision import CAPABILITIES, UNSAID, VERSION, Revision, of_call, of_header
+from sidecar.core.document import malformed, read_json
+from sidecar.core.revision import CAPABILITIES, TASKS, UNSAID, VERSION, Revision, of_call, of_header
 from sidecar.errors import Reason, Refusal
 
-MAX_DEPTH: Final = 64  # nesting levels; SDKs' own parsers stop between 100 and 1000, engines at about 120
 MAX_ID_CHARS: Final = 256  # a request id is echoed in every refusal; SDKs use counters and UUIDs
 MAX_ID: Final = 2**63 - 1  # what every JSON writer can echo; TypeScript's SDK stops at 2**53
 MAX_BATCH: Final = 64  # messages in one body, each of them judged and recorded; SDKs send single ones
@@ -242,6 +239,11 @@ REQUESTS: Final[Mapping[str, Callable[[Mapping[str, Any]], Target]]] = {
     "tasks/cancel": _task,
     "tasks/update": _task,
 }
+# What 2026-07-28 has no longer, and what of it belongs to an extension.
+GONE: Final = frozenset(
+    {"ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe", "tasks/list", "tasks/result"}
+)
+EXTENSION: Final = frozenset({"tasks/get", "tasks/cancel", "tasks/update"})
 NOTIFICATIONS: Final = frozenset(
     {
         "notifications/initialized",
@@ -270,11 +272,6 @@ def _refuse_lookalikes(members: Mapping[str, Any], folded: frozenset[str], names
     for member in members:
         if member not in names and member.casefold() in folded:
             raise malformed("a member's name differs from the protocol's only in case")
-
-
-def malformed(what: str) -> Refusal:
-    """Return the refusal of a message that is not well formed in *what*."""
-    return Refusal(Reason.MALFORMED, what)
 
 
 def parse(body: bytes, version: str | None = None, unsaid: Revision = UNSAID) -> Message:
@@ -360,10 +357,12 @@ def _call(document: Mapping[str, Any], body: bytes, version: str | None, unsaid:
     revision = None
     try:
         revision = of_call(version, method, params, unsaid=unsaid, is_request=True)
-        if read_target is None:
+        if read_target is None or (revision.is_modern and method in GONE):
             raise Refusal(  # noqa: TRY301 - gets the id below, like those that read_target raises
                 Reason.UNKNOWN_METHOD, "this method is not known here", detail=method[:MAX_ID_CHARS]
             )
+        if revision.is_modern and method in EXTENSION:
+            _refuse_undeclared(params)
         target = read_target(params)
     except Refusal as refusal:
         refusal.id = request_id  # the caller's SDK finds its call again only by the id
@@ -372,6 +371,15 @@ def _call(document: Mapping[str, Any], body: bytes, version: str | None, unsaid:
     return Message(
         shape=Shape.REQUEST, method=method, id=request_id, target=target, params=params, revision=revision, body=body
     )
+
+
+def _refuse_undeclared(params: Mapping[str, Any]) -> None:
+    """Refuse a method of the tasks extension to a client that did not declare it. SEP-2663, required capabilities."""
+    extensions = params["_meta"][CAPABILITIES].get("extensions")
+    if not isinstance(extensions, dict) or TASKS not in extensions:
+        refusal = Refusal(Reason.UNDECLARED, "the client did not declare the tasks extension")
+        refusal.data = {"requiredCapabilities": {"extensions": {TASKS: {}}}}
+        raise refusal
 
 
 def _notification(
@@ -391,49 +399,3 @@ def _id(document: Mapping[str, Any]) -> RequestId:
     if isinstance(value, str) and len(value) <= MAX_ID_CHARS:
         return value
     raise malformed(f"id must be a string of at most {MAX_ID_CHARS} characters or a 64-bit integer")
-
-
-def read_json(body: bytes) -> Any:
-    """Return the one JSON document in *body*; raises Refusal(MALFORMED) where readers could disagree.
-
-    orjson refuses NaN, numbers beyond doubles, lone surrogates and all that is not UTF-8. What it writes back to the very
-    same bytes has neither duplicate keys nor integers that it rounded; everything else is read again, four times slower,
-    by a reader that looks at each pair and keeps integers exact.
-    """
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise malformed("the body is not one JSON document in UTF-8") from error
-    if _may_be_deep(body) and _depth(document) > MAX_DEPTH:
-        raise malformed(f"the message is nested deeper than {MAX_DEPTH} levels")
-    return document if orjson.dumps(document) == body else json.loads(body.decode(), object_pairs_hook=_unique)
-
-
-def _may_be_deep(body: bytes) -> bool:
-    """Say whether *body* opens more than MAX_DEPTH objects or arrays; stops looking there (`count` is ten times slower)."""
-    enough = MAX_DEPTH + 1
-    return len(body.split(b"[", enough)) + len(body.split(b"{", enough)) - 2 > MAX_DEPTH
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise malformed("an object names the same member twice")  # every SDK's server takes the last one
-    return members
-
-
-_CONTAINERS: Final = frozenset({dict, list})  # what orjson makes; twice as fast as isinstance
-
-
-def _depth(document: Any) -> int:
-    """Return how deep *document* is nested, without recursion: the depth is the caller's choice."""
-    deepest, layer = 0, [document]
-    while layer:
-        deepest += 1
-        layer = [
-            child
-            for parent in layer
-            for child in (parent.values() if type(parent) is dict else parent)
-            if type(child) in _CONTAINERS
-        ]
-    return deepest

@@ -31,6 +31,7 @@ CODES: Final[Mapping[Reason, tuple[int, int]]] = {
     Reason.MALFORMED: (400, -32600),
     Reason.HEADER_MISMATCH: (400, -32020),
     Reason.UNSUPPORTED_VERSION: (400, -32600),
+    Reason.UNDECLARED: (400, -32021),
     Reason.UNAUTHENTICATED: (401, 401),
     Reason.INSUFFICIENT_SCOPE: (403, 403),
     Reason.FORBIDDEN_CALLER: (403, 403),

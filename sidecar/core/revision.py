@@ -36,6 +36,7 @@ class Revision(StrEnum):
 
 UNSAID: Final = Revision.V2025_03_26  # what a request without the header speaks, on Streamable HTTP
 PREFIX: Final = "io.modelcontextprotocol/"  # of the protocol's own members of `_meta`
+TASKS: Final = PREFIX + "tasks"  # the extension
 VERSION: Final = PREFIX + "protocolVersion"
 CAPABILITIES: Final = PREFIX + "clientCapabilities"
 CLIENT: Final = PREFIX + "clientInfo"
@@ -101,6 +102,7 @@ def _unsupported(said: str, unsaid: Revision, *, is_modern: bool) -> Refusal:
     refusal = Refusal(Reason.UNSUPPORTED_VERSION, "this protocol version is not supported", detail=said[:256])
     if is_modern:
         _modern(refusal)
-        supported = [str(each) for each in Revision if unsaid >= UNSAID or each is not _MODERN]
-        refusal.data = {"supported": supported[::-1], "requested": said[:MAX_VERSION_CHARS]}
+        # As servers of that era say it: one that says more than its server/discover contradicts itself.
+        supported = [str(_MODERN)] if unsaid >= UNSAID else sorted(_LEGACY, reverse=True)
+        refusal.data = {"supported": supported, "requested": said[:MAX_VERSION_CHARS]}
     return refusal

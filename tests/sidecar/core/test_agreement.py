@@ -82,7 +82,10 @@ def test_the_tool_listed_longest_ago_goes_first(monkeypatch: pytest.MonkeyPatch)
 # headers and body
 
 MODERN = "2026-07-28"
-META = {"io.modelcontextprotocol/protocolVersion": MODERN, "io.modelcontextprotocol/clientCapabilities": {}}
+META = {
+    "io.modelcontextprotocol/protocolVersion": MODERN,
+    "io.modelcontextprotocol/clientCapabilities": {"extensions": {"io.modelcontextprotocol/tasks": {}}},
+}
 Headers = list[tuple[bytes, bytes]]
 
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sidecar.core.document import MAX_DEPTH
 from sidecar.core.message import (
+    EXTENSION,
+    GONE,
     MAX_BATCH,
-    MAX_DEPTH,
     MAX_ID,
     MAX_ID_CHARS,
     MAX_SUBSCRIBED,
@@ -394,6 +396,37 @@ def test_a_refusal_says_in_which_era_to_answer(body: bytes, version: str | None,
         parse(body, version)
 
     assert (caught.value.reason, caught.value.id, caught.value.revision) == (reason, 7, MODERN)
+
+
+@pytest.mark.parametrize("method", sorted(GONE))
+def test_the_later_era_has_fewer_methods(method: str) -> None:
+    """Whatever their params: its servers do not know them, and an intermediary that still does would let them differ."""
+    with pytest.raises(Refusal) as caught:
+        parse(a_request(method, {"_meta": META}), MODERN)
+
+    assert caught.value.reason is Reason.UNKNOWN_METHOD
+    assert method in REQUESTS
+
+
+@pytest.mark.parametrize("method", sorted(EXTENSION))
+@pytest.mark.parametrize("extensions", [None, {}, [], "io.modelcontextprotocol/tasks", {"x/tasks": {}}])
+def test_tasks_are_an_extension_that_the_client_declares(method: str, extensions: object) -> None:
+    """SEP-2663: without it, the request is refused before anybody looks whose task it is."""
+    capabilities = {} if extensions is None else {"extensions": extensions}
+    meta = {**META, "io.modelcontextprotocol/clientCapabilities": capabilities}
+    with pytest.raises(Refusal) as caught:
+        parse(a_request(method, {"taskId": "t", "_meta": meta}), MODERN)
+
+    assert (caught.value.reason, caught.value.id, caught.value.revision) == (Reason.UNDECLARED, 7, MODERN)
+    assert caught.value.data == {"requiredCapabilities": {"extensions": {"io.modelcontextprotocol/tasks": {}}}}
+
+
+def test_a_declared_extension_opens_its_methods() -> None:
+    """And then ownership decides."""
+    declared = {"extensions": {"io.modelcontextprotocol/tasks": {}}}
+    meta = {**META, "io.modelcontextprotocol/clientCapabilities": declared}
+
+    assert parse(a_request("tasks/get", {"taskId": "t", "_meta": meta}), MODERN).target == Task(id="t")
 
 
 def test_a_client_sends_no_response_in_the_later_era() -> None:

@@ -36,6 +36,7 @@ def body_of(refusal: Refusal, message: Message | None) -> dict[str, Any]:
         (Reason.NOT_SENT, 200, 424),
         (Reason.HEADER_MISMATCH, 400, -32020),
         (Reason.UNSUPPORTED_VERSION, 400, -32600),
+        (Reason.UNDECLARED, 400, -32021),
         (Reason.UNAUTHENTICATED, 401, 401),
         (Reason.INSUFFICIENT_SCOPE, 403, 403),
         (Reason.PROVIDER, 200, -32603),
@@ -72,7 +73,7 @@ def test_codes_stay_out_of_the_protocols_range(reason: Reason) -> None:
     """But for those that JSON-RPC and MCP themselves define."""
     code = body_of(Refusal(reason, "x"), CALL)["error"]["code"]
 
-    assert code in (-32600, -32601, -32602, -32603, -32020, -32022) or not -32768 <= code <= -32000
+    assert code in (-32600, -32601, -32602, -32603, -32020, -32021, -32022) or not -32768 <= code <= -32000
 
 
 @pytest.mark.parametrize("request_id", [0, -1, 2**63 - 1, "", "1", "\u2028"])
@@ -172,6 +173,7 @@ def a_modern(method: str = "tools/call", **params: Any) -> Message:
         (Reason.UNKNOWN_TASK, 400, -32602),
         (Reason.HEADER_MISMATCH, 400, -32020),
         (Reason.UNSUPPORTED_VERSION, 400, -32022),
+        (Reason.UNDECLARED, 400, -32021),
     ],
 )
 def test_the_later_era_gives_some_codes_a_status(reason: Reason, status: int, code: int) -> None:
@@ -263,7 +265,6 @@ def test_only_a_tool_has_a_tools_error() -> None:
         ("tools/call", {"name": "x"}, -32602, -32602, "Unknown tool: x", None),
         ("prompts/get", {"name": "x"}, -32602, -32602, "Unknown prompt: x", None),
         ("resources/read", {"uri": "db://x"}, -32002, -32602, "Resource not found", {"uri": "db://x"}),
-        ("resources/subscribe", {"uri": "db://x"}, -32002, -32602, "Resource not found", {"uri": "db://x"}),
         (
             "completion/complete",
             {"ref": {"type": "ref/prompt", "name": "x"}},
