@@ -15,7 +15,7 @@ from sidecar.core.agreement import ParamHeaders, check
 from sidecar.core.asks import ASKS, FOLLOW_UPS
 from sidecar.core.connection import Connection
 from sidecar.core.identity import trust
-from sidecar.core.message import NOTIFICATIONS, REQUESTS, Listing, Message, Shape, Subscription, Task, Tool
+from sidecar.core.message import GONE, NOTIFICATIONS, REQUESTS, Listing, Message, Shape, Subscription, Task, Tool
 from sidecar.core.replies import answer
 from sidecar.core.revision import CAPABILITIES, VERSION, Revision
 from sidecar.errors import Reason, Refusal
@@ -234,7 +234,9 @@ def _denied() -> str:
 
 
 def _methods() -> str:
-    rows = [(f"`{method}`", _judged_on(method)) for method in REQUESTS]
+    rows = [
+        (f"`{method}`" + (", up to 2025-11-25" if method in GONE else ""), _judged_on(method)) for method in REQUESTS
+    ]
     rows += [(f"`{method}`", WHOSE if method == CANCELLED else PASSES) for method in sorted(NOTIFICATIONS)]
     rows.append(("a response", WHOSE))
     asked = [(f"`{method}`", "policy, on the server: `input.method` is the method") for method in sorted(ASKS)]

@@ -15,9 +15,10 @@ from sidecar.core.agreement import ParamHeaders
 from sidecar.core.agreement import check as check_agreement
 from sidecar.core.authorise import Agent, Engine, Permit, Question, Shadow, authorise, differing
 from sidecar.core.connection import RESERVED_PREFIX, Connection, forged_headers
+from sidecar.core.document import malformed
 from sidecar.core.identity import Trust, authenticate
 from sidecar.core.limits import Admission, Buckets, admit, give_back
-from sidecar.core.message import Message, Shape, Subscription, Task, malformed, parse, parse_any
+from sidecar.core.message import Message, Shape, Subscription, Task, parse, parse_any
 from sidecar.core.origin import check_host, check_origin
 from sidecar.core.origin import preflight as grant
 from sidecar.core.ownership import Owned, tasks
