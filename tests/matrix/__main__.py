@@ -40,7 +40,7 @@ async def main(only: str) -> int:
                 for name, each in cells.items()
             }  # fmt: skip
         if only == "shapes":
-            said["shapes"] = await measure(Path(scratch), AT_ONCE)
+            said["shapes"] = await measure(Path(scratch), 2 * AT_ONCE)
             lines = [[client, *shapes.values()] for client, shapes in said["shapes"].items()]
             _table("client", SHAPES, lines)
     OUTPUT.parent.mkdir(exist_ok=True)

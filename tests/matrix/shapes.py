@@ -7,7 +7,7 @@ choose; everything else passes. Nothing of the sidecar runs here: it is the clie
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,9 +65,10 @@ async def refusing(server: Place, shape: Callable[[Any], web.Response]) -> Async
             kept = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP}
             response = web.StreamResponse(status=upstream.status, headers=kept)
             await response.prepare(request)
-            async for piece in upstream.content.iter_any():
-                await response.write(piece)
-            await response.write_eof()
+            with suppress(ConnectionError):  # a client that has gone
+                async for piece in upstream.content.iter_any():
+                    await response.write(piece)
+                await response.write_eof()
             return response
 
     timeout = aiohttp.ClientTimeout(total=None)
