@@ -279,6 +279,7 @@ class App:
             svid_expires_at_s=None if current is None else current.svid.not_after.timestamp(),
             audit_failures=self._audit.failures,
             spans_dropped=self._tracing.dropped,
+            provider_questions=self._oauth.asked,
         )
 
     async def _drain(self, accepting: "asyncio.Task[None]") -> None:
