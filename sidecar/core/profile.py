@@ -212,6 +212,11 @@ class Profile(Record, frozen=True, kw_only=True):
     agent: AgentRole | None = None  # in agent role; `server` is then the agent itself, and its port is not used
     denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown
 
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself; raises ValueError, which decoding turns into its own error."""
+        if self.server.transport == "stdio" and self.identity.upstream != "none":
+            raise ValueError("identity.upstream must be none for a stdio server: a pipe has no headers")
+
 
 def decode(data: bytes) -> Profile:
     """Return the profile in *data*; raises BundleError naming the field and what is expected there."""

@@ -144,17 +144,20 @@ def _profile(options: argparse.Namespace, upstream: Endpoint, base: Profile | No
     else:
         transport = "http" if old_server.transport == "stdio" else old_server.transport
         server = msgspec.structs.replace(old_server, transport=transport, port=upstream.port, paths=(upstream.path,))
-    identity = msgspec.structs.replace(
-        old,
-        mtls=_mtls(options, base),
-        user=options.user or old.user,
-        callers=tuple(options.caller) or old.callers,
-        providers=providers,
-    )
-    if base is None:
-        made = Profile(server=server, identity=identity, limits=limits)
-    else:
-        made = msgspec.structs.replace(base, server=server, identity=identity, limits=limits)
+    try:
+        identity = msgspec.structs.replace(
+            old,
+            mtls=_mtls(options, base),
+            user=options.user or old.user,
+            callers=tuple(options.caller) or old.callers,
+            providers=providers,
+        )
+        if base is None:
+            made = Profile(server=server, identity=identity, limits=limits)
+        else:
+            made = msgspec.structs.replace(base, server=server, identity=identity, limits=limits)
+    except ValueError as error:  # the command line contradicts the profile
+        raise ConfigError(f"--policy {options.policy}: {error}") from error
     return decode_profile(encode_profile(made))  # constructors check no bounds
 
 

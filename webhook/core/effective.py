@@ -139,6 +139,9 @@ def combine(
     server = profile.server if profile else ServerSpec()
     name = workload(pod).name
     identity, notes = _identity(profile, providers, defaults)
+    transport = resolve_transport(asked, profile)
+    if transport == "stdio" and identity.upstream != "none":
+        raise BadResource("MCPServerProfile", "spec.identity.upstream: must be none for a stdio server: a pipe has no headers")
     return Effective(
         profile=Profile(
             server=Server(
@@ -147,7 +150,7 @@ def combine(
                 name=server.name or name or namespace,
                 version=server.version,
                 port=resolve_port(pod, asked, profile),
-                transport=resolve_transport(asked, profile),
+                transport=transport,
                 processes=server.processes,
                 paths=asked.paths or server.paths,
                 hosts=server.hosts,

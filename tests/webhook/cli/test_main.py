@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from sidecar.core import bundle
 from sidecar.core.profile import encode
+from sidecar.errors import ConfigError
 from tests.parts import part
 from webhook.cli import run
 from webhook.cli.__main__ import main
@@ -290,3 +291,14 @@ def transcript(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the program to its end."""
     command = (sys.executable, "-m", "webhook.cli", *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our own program
+
+
+async def test_a_command_is_told_nothing_of_the_user(tmp_path: Path) -> None:
+    """A profile that says otherwise is refused: a pipe has no headers."""
+    (tmp_path / "p.cedar").write_text(CEDAR)
+    first = (await enforced("--policy", str(tmp_path))).profile
+    identity = msgspec.structs.replace(first.identity, upstream="header")
+    (tmp_path / bundle.PROFILE).write_bytes(encode(msgspec.structs.replace(first, identity=identity)))
+
+    with pytest.raises(ConfigError, match="a pipe has no headers"):
+        await enforced("--policy", str(tmp_path), "--", "cat")

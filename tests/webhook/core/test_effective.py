@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from sidecar.config import STDIO_PORT
 from sidecar.core.profile import Audit, Client, Identity, StepUp, Telemetry, TokenExchange
 from webhook.core import pod as pods
 from webhook.core import resources
@@ -196,10 +197,14 @@ MCP, WEB, DNS = (
         (Overrides(), a_profile(), [WEB, MCP], 8080),
         (Overrides(), None, [WEB], 80),
         (Overrides(), None, [DNS, WEB], 80),
+        (Overrides(transport="stdio"), None, [MCP], STDIO_PORT),
+        (Overrides(transport="stdio", port=1), None, [MCP], 1),
+        (Overrides(), a_profile(server={"transport": "stdio", "port": 2}), [], 2),
+        (Overrides(transport="http"), a_profile(server={"transport": "stdio"}), [MCP], 8080),
     ],
 )
 def test_port_is_found(asked: Overrides, profile: Any, ports: Any, port: int) -> None:
-    """Annotation before profile before the name mcp before the only TCP port."""
+    """Annotation before profile before the name mcp before the only TCP port; a stdio server's own ports are not it."""
     assert resolve_port(a_pod(ports=ports), asked, profile) == port
 
 
@@ -220,6 +225,24 @@ def test_pod_may_narrow_the_paths() -> None:
 
     assert combined(a_profile(server={"paths": ["/a"]}), pod=pod).profile.server.paths == ("/rpc",)
     assert combined(a_profile(server={"paths": ["/a"]})).profile.server.paths == ("/a",)
+
+
+def test_the_transport_is_the_pods_word_before_the_profiles() -> None:
+    """How many processes there are is the profile's alone."""
+    pod = a_pod(annotations={"sidegate.dev/transport": "sse"})
+    profile = a_profile(server={"transport": "stdio", "processes": "shared"})
+    got, said, bare = (combined(profile), combined(profile, pod=pod), combined())
+
+    assert [each.profile.server.transport for each in (got, said, bare)] == ["stdio", "sse", "http"]
+    assert [each.profile.server.processes for each in (got, said, bare)] == ["shared", "shared", "session"]
+
+
+def test_a_stdio_server_can_be_told_nothing_of_the_user() -> None:
+    """What the profile would hand on is a header; the author is told, and nothing is silently left out."""
+    profile = a_profile(server={"transport": "stdio"}, identity={"upstream": "header"})
+
+    with pytest.raises(BadResource, match="a pipe has no headers"):
+        combined(profile)
 
 
 def test_names_pages_and_the_shape_of_denials_are_the_profiles() -> None:
