@@ -1,4 +1,4 @@
-"""What a server asks of a client, over real sockets: on a POST's stream, on a GET's, in a result, in an error."""
+"""What a server asks of a client, over real sockets: on the stream of a POST or a GET, in a result, in an error."""
 
 import asyncio
 import json
