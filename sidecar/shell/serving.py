@@ -197,7 +197,11 @@ class Serving:
         exchanges = found.exchanges if isinstance(found, Batch) else (exchange,)
         if self._credentials is not None:
             profile = snapshot.profile
-            credentials = self._credentials.at_hand(exchange, profile.identity, profile.server)
+            try:
+                credentials = self._credentials.at_hand(exchange, profile.identity, profile.server)
+            except Refusal as refusal:
+                self._not_sent(exchanges, requester, refusal)
+                return
             if credentials is None:
                 self._spawn(self._fetch_and_send(admission, exchanges, requester, profile.identity))
                 return

@@ -1,13 +1,14 @@
 """sidecar.shell.serving: what is not ready refuses, what waits for a key is judged afresh, what is told is told."""
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from sidecar.core.identity import UnknownKey
-from sidecar.core.profile import Identity, Provider
+from sidecar.core.identity import UnknownKey, UnknownToken, Unresolved, learn
+from sidecar.core.profile import Client, Identity, Provider
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Snapshot
@@ -41,6 +42,11 @@ class FakeRequester:
         self.is_over = False
         self.calls: list[object] = []
         self.refusals: list[Refusal] = []
+        self.responses: list[Any] = []
+
+    def respond(self, response: Any) -> None:
+        """Keep *response*."""
+        self.responses.append(response)
 
     def forward(self, call: object) -> None:
         """Keep *call*."""
@@ -54,10 +60,10 @@ class FakeRequester:
 class Bench:
     """A Serving with fakes around it; coroutines are kept until the test runs them."""
 
-    def __init__(self, snapshot: Snapshot | None, *, why: str | None = None) -> None:
+    def __init__(self, snapshot: Snapshot | None, *, why: str | None = None, credentials: Any = None) -> None:
         self.upstream, self.observer = FakeUpstream(), FakeObserver()
         self.spawned: list[Coroutine[Any, Any, None]] = []
-        self.missing: list[UnknownKey] = []
+        self.missing: list[Unresolved] = []
         self.why = why
         self.serving = Serving(
             upstream=self.upstream,  # type: ignore[arg-type]
@@ -65,12 +71,15 @@ class Bench:
             spawn=self.spawned.append,
             resolve=self.find,
             why_not_ready=lambda: self.why,
+            credentials=credentials,
         )
+        self.answer: Refusal | None = None  # what a question to the provider ends in
         self.serving.snapshot = snapshot
 
-    async def find(self, missing: UnknownKey) -> None:
+    async def find(self, missing: Unresolved) -> Refusal | None:
         """Find nothing."""
         self.missing.append(missing)
+        return self.answer
 
     def ask(self, *headers: tuple[bytes, bytes]) -> tuple[Exchange, FakeRequester]:
         """Begin and admit one call."""
@@ -169,6 +178,122 @@ def test_a_defect_after_the_wait_refuses_too() -> None:
     asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
 
     assert [each.reason for each in requester.refusals] == [Reason.FAULT]
+
+
+ASKED = Provider(name="p", issuer="https://id.test", audiences=("a",), introspection=True, client=Client())
+OPAQUE = Identity(mtls="permissive", providers=(ASKED,), resource="https://mcp.test/mcp")
+
+
+def test_a_provider_that_cannot_be_asked_refuses() -> None:
+    """With the refusal that whoever asked it gives."""
+    bench = Bench(a_snapshot(allowing(), identity=OPAQUE))
+    bench.answer = Refusal(Reason.NOT_READY, "away")
+    _, requester = bench.ask((b"authorization", b"Bearer opaque"))
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+
+    assert requester.refusals == [bench.answer]
+
+
+def test_what_was_learnt_under_rules_of_before_is_asked_again() -> None:
+    """A rotation in between must not refuse a good token."""
+    bench = Bench(a_snapshot(allowing(), identity=OPAQUE))
+    _, requester = bench.ask((b"authorization", b"Bearer opaque"))
+    bench.serving.snapshot = a_snapshot(allowing(), identity=OPAQUE)
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+    assert requester.refusals == []
+    missing = bench.missing[-1]
+    assert isinstance(missing, UnknownToken)
+    again = UnknownToken(ASKED, missing.token, bench.serving.snapshot.trust)
+    learn(again, {"active": True, "sub": "alice", "aud": "a"}, time.time())
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+
+    assert (len(bench.missing), len(requester.calls)) == (2, 1)
+
+
+class FakeCredentials:
+    """Has them at hand, or fetches them, or fails."""
+
+    def __init__(self, at_hand: Any, fetched: Any = ()) -> None:
+        self.held, self.fetched = at_hand, fetched
+
+    def at_hand(self, *_: object) -> Any:
+        """What needs no waiting."""
+        if isinstance(self.held, Exception):
+            raise self.held
+        return self.held
+
+    async def fetch(self, *_: object) -> Any:
+        """What does."""
+        if isinstance(self.fetched, Exception):
+            raise self.fetched
+        return self.fetched
+
+
+HEADERS = ((b"authorization", b"Bearer other"),)
+
+
+def test_credentials_at_hand_travel_at_once() -> None:
+    """The default path starts no coroutine."""
+    bench = Bench(a_snapshot(allowing()), credentials=FakeCredentials(HEADERS))
+    exchange, _ = bench.ask()
+
+    assert (bench.upstream.sent, exchange.credentials, bench.spawned) == ([exchange], HEADERS, [])
+    assert "Bearer" not in repr(exchange)
+
+
+def test_a_call_waits_for_credentials_that_must_be_fetched() -> None:
+    """It was admitted, and is not judged again."""
+    bench = Bench(a_snapshot(allowing()), credentials=FakeCredentials(None, HEADERS))
+    exchange, requester = bench.ask()
+    assert bench.upstream.sent == []
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+
+    assert (bench.upstream.sent, exchange.credentials, len(requester.calls)) == ([exchange], HEADERS, 1)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"), [(Refusal(Reason.PROVIDER, "no"), Reason.PROVIDER), (ValueError("boom"), Reason.FAULT)]
+)
+def test_without_credentials_nothing_is_sent(failure: Exception, reason: Reason) -> None:
+    """And the record says so: it was not let through."""
+    bench = Bench(a_snapshot(allowing()), credentials=FakeCredentials(None, failure))
+    exchange, requester = bench.ask()
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+
+    assert bench.upstream.sent == []
+    assert [each.reason for each in requester.refusals] == [reason]
+    assert exchange.admission is None
+
+
+def test_credentials_that_may_not_travel_refuse() -> None:
+    """Such as a token for somebody else."""
+    refusal = Refusal(Reason.UNAUTHENTICATED, "no")
+    bench = Bench(a_snapshot(allowing()), credentials=FakeCredentials(refusal))
+    exchange, requester = bench.ask()
+
+    assert (requester.refusals, bench.upstream.sent) == ([refusal], [])
+    assert exchange.admission is None
+
+
+def test_who_has_gone_while_credentials_came_is_not_served() -> None:
+    """Neither a call nor an answer."""
+    bench = Bench(a_snapshot(allowing()), credentials=FakeCredentials(None, HEADERS))
+    _, requester = bench.ask()
+    requester.is_over = True
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+
+    assert (requester.calls, requester.refusals, bench.upstream.sent) == ([], [], [])
+
+
+def test_the_metadata_needs_no_identity() -> None:
+    """It says how to get one."""
+    bench = Bench(a_snapshot(allowing(), identity=OPAQUE))
+    requester = FakeRequester()
+    connection = a_connection(method="GET", path="/.well-known/oauth-protected-resource")
+    bench.serving.admit(bench.serving.begin(connection), requester)  # type: ignore[arg-type]
+
+    assert [each.status for each in requester.responses] == [200]
+    assert (requester.refusals, bench.upstream.sent) == ([], [])
 
 
 def test_every_observer_is_told_and_the_count_goes_down() -> None:
