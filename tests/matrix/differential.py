@@ -331,6 +331,13 @@ def _headers() -> Iterator[Row]:
             headers={"mcp-protocol-version": (legacy,)},
             eras=(MODERN,),
         )
+    for label, version in (("header legacy", (legacy,)), ("no header", None)):
+        yield Row(
+            name=f"{label}, a session, body modern",
+            body=lambda _: _drop(_META[MODERN]),
+            headers={"mcp-protocol-version": version},
+            eras=(LEGACY,),
+        )
     yield Row(name="version absent", body=_drop, headers={"mcp-protocol-version": None})
     yield Row(name="version unknown", body=_drop, headers={"mcp-protocol-version": ("2027-01-01",)})
     yield Row(name="version twice", body=_drop, headers={"mcp-protocol-version": (legacy, modern)})
