@@ -76,9 +76,7 @@ def restore(pod: JSON) -> JSON:
     spec["initContainers"] = [each for each in spec["initContainers"] if each["name"] not in container.CONTAINERS]
     for field in ("initContainers", "containers"):
         spec[field] = [
-            relay.unwrapped(
-                container.unproxied(_unmoved(probes.put_back(each, originals.get(each["name"], {})), move))
-            )
+            relay.unwrapped(container.unproxied(_unmoved(probes.put_back(each, originals.get(each["name"], {})), move)))
             for each in spec[field]
         ]
     spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in container.VOLUMES]
