@@ -86,7 +86,7 @@ class Remembering:
 
     def __init__(self, engines: Sequence[Engine], projection: Projection) -> None:
         self.name = "+".join(engine.name for engine in engines)
-        self._engines, self._projection = engines, projection
+        self.engines, self._projection = tuple(engines), projection
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
 
     def decide(self, question: Question) -> Verdict:
@@ -94,12 +94,12 @@ class Remembering:
         try:
             key = orjson.dumps(self._projection.narrow(question.document()))
         except TypeError:  # not JSON as orjson has it, such as an integer beyond 64 bits
-            return judge(question, self._engines)
+            return judge(question, self.engines)
         verdict = self._verdicts.get(key)
         if verdict is not None:
             self._verdicts.move_to_end(key)
             return verdict
-        verdict = judge(question, self._engines)
+        verdict = judge(question, self.engines)
         if len(key) <= MAX_KEY_BYTES and not verdict.errors:  # an error may pass, such as memory that ran out
             if len(self._verdicts) >= MAX_VERDICTS:
                 self._verdicts.popitem(last=False)

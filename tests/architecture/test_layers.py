@@ -34,6 +34,7 @@ WITHOUT_MIRROR = {
     "webhook/cli/demo.py": "tried as tests/wire/test_demo.py",
     "webhook/cli/demonstration.py": "tried as tests/wire/test_demo.py",
     "webhook/cli/issuer.py": "tried with the demo",
+    "webhook/cli/directory.py": "tried with policy.py",
     "webhook/cli/run.py": "tried as tests/wire/test_demo.py",
     "webhook/errors.py": "names only",
     "webhook/shell/metrics.py": "tried with what counts, in tests/webhook/shell",

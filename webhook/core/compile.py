@@ -207,6 +207,15 @@ def _constant(terms: Iterable[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def opa_errors(output: bytes) -> list[dict[str, Any]]:
+    """Return the errors in *output* of `opa … --format json`; none when it is no such output."""
+    try:
+        errors = json.loads(output)["errors"]
+    except (ValueError, LookupError, TypeError):
+        return []
+    return [each for each in errors if isinstance(each, dict)]
+
+
 def opa_error(output: bytes) -> BadPolicy:
     """Return the first error in *output* of `opa … --format json`, and how many more there are."""
     try:
@@ -270,23 +279,28 @@ def _context_paths(node: Any) -> Iterator[tuple[str, ...]]:
         for child in node:
             yield from _context_paths(child)
     elif isinstance(node, dict):
-        path = _path(node)
+        path = context_path(node)
         if path is not None:
             yield path
         else:
             yield from _context_paths(list(node.values()))
 
 
-def _path(node: Any) -> tuple[str, ...] | None:
+def context_path(node: Any) -> tuple[str, ...] | None:
     """Return the member names when *node* is `context`, or a member of it, or asks whether it has one."""
     match node:
         case {"Var": "context"}:
             return ()
         case {".": {"left": left, "attr": str(name)}} | {"has": {"left": left, "attr": str(name)}}:
-            path = _path(left)
+            path = context_path(left)
             return None if path is None else (*path, name)
         case _:
             return None
+
+
+def tokens(text: str) -> list[re.Match[str]]:
+    """Return the tokens of a Cedar *text*, comments among them."""
+    return list(_TOKEN.finditer(text))
 
 
 def _place(text: str, message: str) -> dict[str, int]:
@@ -295,11 +309,11 @@ def _place(text: str, message: str) -> dict[str, int]:
     A text cut before the offending token fails for its sudden end, one cut behind it for the token; the parser may look
     one token or, for a name, the rest of the policy further, so the last one that the message quotes is taken.
     """
-    tokens = list(_TOKEN.finditer(text))
-    number = bisect.bisect_left(tokens, True, key=lambda token: not _ends_early(text[: token.end()]))
+    found = tokens(text)
+    number = bisect.bisect_left(found, True, key=lambda token: not _ends_early(text[: token.end()]))
     quoted = {*re.findall(r"`([^`]+)`", message), message.rpartition(" ")[2]}
-    start = tokens[number].start() if number < len(tokens) else len(text)
-    start = next((token.start() for token in reversed(tokens[: number + 1]) if token[0] in quoted), start)
+    start = found[number].start() if number < len(found) else len(text)
+    start = next((token.start() for token in reversed(found[: number + 1]) if token[0] in quoted), start)
     return {"line": text.count("\n", 0, start) + 1, "column": start - text.rfind("\n", 0, start)}
 
 

@@ -4,11 +4,15 @@ Source: measured with cedarpy 4.12, 400 to 800 nested parentheses.
 """
 
 import asyncio
+import dataclasses
 import json
 import os
 import sys
+from typing import Any
 
 from webhook.core import compile as compiler
+from webhook.core.check import Finding
+from webhook.core.check import cedar as cedar_findings
 from webhook.errors import BadPolicy
 
 DEADLINE_S = 10.0
@@ -16,8 +20,19 @@ DEADLINE_S = 10.0
 
 async def compile(policies: compiler.Policies) -> compiler.Compiled:  # noqa: A001 - as Opa.compile; no call of the builtin
     """Return what the Cedar policies read; raises BadPolicy with file, line and column."""
+    reads = (await _ask(policies))["reads"]
+    return compiler.Compiled(reads=None if reads is None else frozenset(reads))
+
+
+async def check(policies: compiler.Policies) -> list[Finding]:
+    """Return what is wrong with Cedar policies that parse; raises BadPolicy for those that do not."""
+    return [Finding(**each) for each in (await _ask(policies, check=True))["findings"]]
+
+
+async def _ask(policies: compiler.Policies, *, check: bool = False) -> Any:
+    """Return the child's answer; raises BadPolicy."""
     asked = json.dumps(
-        {"policies": dict(policies.cedar), "schema": policies.schema, "vocabulary": policies.vocabulary}
+        {"policies": dict(policies.cedar), "schema": policies.schema, "vocabulary": policies.vocabulary, "check": check}
     ).encode()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -41,7 +56,7 @@ async def compile(policies: compiler.Policies) -> compiler.Compiled:  # noqa: A0
     answer = json.loads(output)
     if "message" in answer:
         raise BadPolicy(answer["file"], answer["message"], line=answer["line"], column=answer["column"])
-    return compiler.Compiled(reads=None if answer["reads"] is None else frozenset(answer["reads"]))
+    return answer
 
 
 def main() -> None:
@@ -49,10 +64,14 @@ def main() -> None:
     asked = json.load(sys.stdin)
     try:
         reads = compiler.cedar(asked["policies"], asked["schema"], vocabulary=asked["vocabulary"]).reads
+        findings = cedar_findings(asked["policies"], vocabulary=asked["vocabulary"]) if asked["check"] else []
     except BadPolicy as error:
         answer = {"file": error.file, "message": error.message, "line": error.line, "column": error.column}
     else:
-        answer = {"reads": None if reads is None else sorted(reads)}
+        answer = {
+            "reads": None if reads is None else sorted(reads),
+            "findings": [dataclasses.asdict(each) for each in findings],
+        }
     json.dump(answer, sys.stdout)
 
 

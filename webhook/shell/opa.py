@@ -17,7 +17,10 @@ from typing import IO, Any, cast
 
 from sidecar.core import profile as profiles
 from sidecar.core.bundle import WASM
+from webhook.core import check as findings
 from webhook.core import compile as compiler
+from webhook.core import contract
+from webhook.core.check import Finding
 from webhook.errors import BadPolicy
 from webhook.shell import cedar
 
@@ -45,6 +48,24 @@ class Opa:
             )
             wasm = await asyncio.to_thread(_extract, directory / built)
         return compiler.Compiled(reads=compiler.rego_reads(modules), is_pure=compiler.is_pure(modules), wasm=wasm)
+
+    async def check(self, policies: compiler.Policies) -> list[Finding]:
+        """Return what is wrong with Rego that compiles, by the contract's schema; raises BadPolicy for what does not."""
+        with tempfile.TemporaryDirectory(prefix="sidegate-opa-") as name:
+            directory = Path(name)
+            await self._write(directory, policies)
+            await self._run(directory, "check", "--strict", "--format=json", *_LIMITED, *_inputs(directory))
+            (directory / "schema.json").write_text(json.dumps(contract.json_schema(nulls=False)))
+            typed = ("check", "--strict", "--format=json", "--schema=schema.json", *_LIMITED, *_inputs(directory))
+            found = findings.rego(await self._run(directory, *typed, accept=(0, 1)))
+            modules = [
+                (
+                    Path(path).name,
+                    json.loads(await self._run(directory, "parse", "--format=json", "--json-include=locations", path)),
+                )
+                for path in _rego(directory)
+            ]
+        return [*found, *findings.unused_rules(modules, compiler.entrypoints([tree for _, tree in modules]))]
 
     async def test(self, policies: compiler.Policies, tests: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return one record per rule `test_…` in *tests* (file name -> text), as `opa test --format json` has it."""
@@ -95,7 +116,7 @@ class Opa:
                 await process.wait()
         if process.returncode not in accept:
             raise compiler.opa_error(errors or output)
-        return output
+        return output or errors
 
 
 async def files(policies: Sequence[compiler.Policies], profile: profiles.Profile, opa: Opa) -> dict[str, bytes]:

@@ -47,8 +47,8 @@ async def test_a_check_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (PERMIT + ";", {"reads": sorted(CEDAR_ENTITIES)}),
-        (PERMIT + " when { context == {} };", {"reads": None}),
+        (PERMIT + ";", {"reads": sorted(CEDAR_ENTITIES), "findings": []}),
+        (PERMIT + " when { context == {} };", {"reads": None, "findings": []}),
         (PERMIT, {"file": "a.cedar", "message": "unexpected end of input", "line": 1, "column": 37}),
     ],
 )
@@ -56,7 +56,7 @@ def test_the_child_answers_in_json(
     text: str, answer: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The question on standard input, the answer on standard output."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"policies": {"a.cedar": text}, "schema": None, "vocabulary": "sidegate"})))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"policies": {"a.cedar": text}, "schema": None, "vocabulary": "sidegate", "check": False})))
     cedar.main()
 
     assert json.loads(capsys.readouterr().out) == answer
