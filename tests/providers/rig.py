@@ -135,8 +135,8 @@ class Sidecar:
             return "".join(getattr(part, "text", "") for part in result.content)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The audit records so far."""
-        return map(json.loads, self.audit.read_text().splitlines())
+        """The audit records so far, without the links of their chain."""
+        return (each for each in map(json.loads, self.audit.read_text().splitlines()) if "decision" in each)
 
     async def last_record(self, method: str) -> dict[str, Any]:
         """The last record of a message *method*, once it is written."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidecar.core.connection import forwarded_headers, returned_headers
+from sidecar.core.connection import forged_headers, forwarded_headers, returned_headers
 from sidecar.errors import Reason, Refusal
 from tests.builders import a_connection
 
@@ -88,3 +88,47 @@ def test_a_session_that_nobody_proved_stays_here() -> None:
     headers = [(b"mcp-session-id", b"s"), (b"mcp-name", b"x")]
 
     assert forwarded_headers(headers, in_session=False) == [(b"mcp-name", b"x")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"x-forwarded-user",
+        b"x-forwarded-email",
+        b"x-forwarded-access-token",
+        b"x-auth-request-user",
+        b"x-auth-request-groups",
+        b"x-remote-user",
+        b"remote-user",
+        b"x-goog-authenticated-user-email",
+        b"x-goog-iap-jwt-assertion",
+        b"x-ms-client-principal-name",
+        b"x-amzn-oidc-identity",
+        b"cf-access-jwt-assertion",
+        b"tailscale-user-login",
+        b"impersonate-user",
+        b"ssl-client-verify",
+        b"client-cert",
+        b"sidegate-identity",
+    ],
+)
+def test_a_caller_cannot_say_who_the_user_is(name: bytes) -> None:
+    """Whichever proxy the server believes; what was taken out is known for the record."""
+    headers = [(b"accept", b"x"), (name, b"root")]
+
+    assert forwarded_headers(headers) == [(b"accept", b"x")]
+    assert forged_headers(headers) == (name.decode(),)
+
+
+def test_what_is_ours_to_read_is_no_forgery() -> None:
+    """It does not travel on all the same."""
+    headers = [(b"sidegate-agent-session", b"s"), (b"sidegate-workload-token", b"t"), (b"dpop", b"p")]
+
+    assert forwarded_headers(headers) == []
+    assert forged_headers(headers) == ()
+
+
+@pytest.mark.parametrize("name", [b"www-authenticate", b"authentication-info", b"dpop-nonce"])
+def test_the_servers_own_challenge_stays_behind(name: bytes) -> None:
+    """It names another URL, and clients would look for their provider there."""
+    assert returned_headers([(name, b"x"), (b"content-type", b"y")]) == [(b"content-type", b"y")]
