@@ -141,7 +141,9 @@ def combine(
     identity, notes = _identity(profile, providers, defaults)
     transport = resolve_transport(asked, profile)
     if transport == "stdio" and identity.upstream != "none":
-        raise BadResource("MCPServerProfile", "spec.identity.upstream: must be none for a stdio server: a pipe has no headers")
+        raise BadResource(
+            "MCPServerProfile", "spec.identity.upstream: must be none for a stdio server: a pipe has no headers"
+        )
     return Effective(
         profile=Profile(
             server=Server(
