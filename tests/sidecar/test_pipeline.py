@@ -8,15 +8,28 @@ import pytest
 
 from certs.verify import Peer
 from sidecar.core.authorise import Verdict
+from sidecar.core.claims import Delegated
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey
 from sidecar.core.limits import Admission
 from sidecar.core.message import Shape
-from sidecar.core.profile import Identity, Limit, Provider
+from sidecar.core.profile import Identity, Limit, Provider, StepUp
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import MAX_LABEL_CHARS, Batch, Memory, Snapshot, answered, judge, release, remember, scope
-from tests.builders import AGENT, NOW_S, a_call, a_connection, a_peer, a_request, a_snapshot, an_exchange
+from tests.builders import (
+    AGENT,
+    NOW_S,
+    a_call,
+    a_connection,
+    a_peer,
+    a_principal,
+    a_question,
+    a_request,
+    a_snapshot,
+    a_user,
+    an_exchange,
+)
 from tests.fakes import FakeEngine, allowing
 
 INITIALIZE = a_request("initialize", {"clientInfo": {"name": "planner", "version": "1.2"}})
@@ -710,3 +723,36 @@ def test_the_old_transport_has_neither_batches_nor_delete() -> None:
     assert "batch" in refused(posted("s", b"[" + a_call() + b"]", version), snapshot, memory).public
     assert refused(a_connection(method="DELETE", path="/sse"), snapshot, memory).reason is Reason.METHOD_NOT_ALLOWED
     assert refused(a_connection(method="GET", path="/messages"), snapshot, memory).reason is Reason.NOT_FOUND
+
+
+def test_a_forged_identity_header_of_ours_is_refused() -> None:
+    """Only the sidecar writes it; those of other proxies are taken out and named."""
+    forged = a_connection(a_call(), headers=[(b"sidegate-identity", b"x")])
+    foreign = a_connection(a_call(), headers=[(b"x-forwarded-user", b"root")])
+    exchange = an_exchange(foreign)
+    judge(exchange, a_snapshot(allowing()), Memory(), now_s=NOW_S, clock_s=1.0)
+
+    assert exchange.removed == ("x-forwarded-user",)
+    with pytest.raises(Refusal, match="sidecar's own") as caught:
+        judge(an_exchange(forged), a_snapshot(allowing()), Memory(), now_s=NOW_S, clock_s=1.0)
+    assert caught.value.reason is Reason.FORBIDDEN_CALLER
+
+
+def test_a_scope_is_asked_for_after_the_policies() -> None:
+    """What they deny, no consent mends."""
+    identity = Identity(mtls="permissive", user="optional", step_up=(StepUp(scopes=("write",), tools=("execute",)),))
+    snapshots = {reason: a_snapshot(allowing(*tools), identity=identity) for reason, tools in (
+        (Reason.DENIED, ("other",)), (Reason.UNAUTHENTICATED, ("execute",)),
+    )}  # fmt: skip
+    for reason, snapshot in snapshots.items():
+        with pytest.raises(Refusal) as caught:
+            judge(an_exchange(a_connection(a_call("execute"))), snapshot, Memory(), now_s=NOW_S, clock_s=1.0)
+        assert caught.value.reason is reason
+
+
+def test_a_delegation_reaches_the_policies() -> None:
+    """From the user outward."""
+    user = replace(a_user(), delegation=(Delegated(sub="alice", actor="planner"),))
+    question = a_question(principal=replace(a_principal(), user=user))
+
+    assert question.document()["delegation"] == [{"sub": "alice", "actor": "planner"}]
