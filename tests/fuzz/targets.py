@@ -234,6 +234,16 @@ def run_endpoint(data: bytes) -> str:
     return "taken"
 
 
+# Streams that clients read differently; % is a message.
+ODD_STREAMS: Final = (
+    b"data: %\r\r", b"data: %\r\n\r\n", b"\xef\xbb\xbfdata: %\n\n", b"data: %\n", b"data: %", b"data:%\n\n",
+    b"event: other\ndata: %\n\n", b"event:  message \ndata: %\n\n", b"event: message\nevent: x\ndata: %\n\n",
+    b"data: {}\rdata: %\n\n", b": x\rdata: %\n\n", b"id: 1\0\ndata: %\n\n", b"data: [%]\n\n", b"Data: %\n\n",
+    b" data: %\n\n", b"data : %\n\n", b"data: {}\xe2\x80\xa8data: %\n\n", b"data: {}\x85data: %\n\n", b"data: \ndata: %\n\n",
+    b"event: x\rdata: %\n\n", b"data\ndata: %\ndata\n\n", b"event\ndata: %\n\n", b"\n\ndata: %\n \n\n",
+)  # fmt: skip
+
+
 # What the server says
 
 
@@ -291,13 +301,51 @@ ANSWERS: Final = (
 
 
 def run_answer(data: bytes) -> str:
-    """A response in pieces gives what it gives at once, as an event stream and as a whole."""
+    """A response in pieces gives what it gives at once, and no client reads what must not be seen."""
     kind = (b"application/json", b"text/event-stream")[data[0] % 2 if data else 0]
     body = data[1:]
     outcomes = {_answered(kind, [body]), _answered(kind, [body[at : at + 5] for at in range(0, len(body), 5)])}
     passed = {each for each in outcomes if not each.startswith("refused")}
     assert len(passed) < 2, outcomes  # a refusal may come earlier or later, but nothing else may differ
+    for each in passed:
+        stream = each.encode("latin-1")
+        for read in (_as_browsers, _as_go) if kind == b"text/event-stream" else (_as_one,):
+            for document in read(stream):
+                with contextlib.suppress(ValueError):
+                    _check_shown(json.loads(document), stream)
     return min(outcomes)[:60]
+
+
+def _as_one(body: bytes) -> list[str]:
+    return [body.decode(errors="replace")]
+
+
+def _as_browsers(stream: bytes) -> list[str]:
+    """Read an event stream by the letter (WHATWG HTML, 9.2.6), as Python's and TypeScript's clients do."""
+    text = stream.decode(errors="replace").removeprefix("\ufeff")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return _dispatched(lines[:-1])  # what no line break ends is dropped
+
+
+def _as_go(stream: bytes) -> list[str]:
+    """Read an event stream as Go's client does: only a line feed ends a line, and the last event needs no end."""
+    return _dispatched([*[line.rstrip("\r") for line in stream.decode(errors="replace").split("\n")], ""])
+
+
+def _dispatched(lines: Sequence[str]) -> list[str]:
+    found, data, kind = [], [], ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            data.append(value)
+        elif name == "event":
+            kind = value
+        elif not line:
+            if data and kind.strip() in ("", "message"):
+                found.append("\n".join(data))
+            data, kind = [], ""
+    return found
 
 
 def _answered(kind: bytes, pieces: Sequence[bytes]) -> str:
@@ -704,7 +752,11 @@ def _targets() -> Iterator[Target]:
     yield Target(
         name="answer",
         run=run_answer,
-        seeds=[b"\x00" + each for each in ANSWERS] + [b"\x01data: " + each + b"\n\n" for each in ANSWERS],
+        seeds=[
+            *(b"\x00" + each for each in ANSWERS),
+            *(b"\x01data: " + each + b"\n\n" for each in ANSWERS),
+            *(b"\x01" + odd.replace(b"%", ANSWERS[0]) for odd in ODD_STREAMS),
+        ],
     )
     yield Target(name="stdio", run=run_stdio, seeds=OUTPUTS)
     yield Target(name="engines", run=run_engines, seeds=DOCUMENTS)

@@ -1,5 +1,6 @@
 """Every reader of foreign bytes: its seeds, what was ever found, and a short run with new inputs each time."""
 
+import json
 import random
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.engine import Finding, Session, Target, attempt, shrunk
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import ANSWERS, TARGETS, _as_browsers, _as_go, _check_shown
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())
 BY_NAME = {target.name: target for target in TARGETS}
@@ -76,3 +77,25 @@ def test_a_finding_stays_the_same_while_it_shrinks() -> None:
     assert found == Finding(target="two", data=b"abcdefxghij", why=found.why if found else "")
     assert found is not None
     assert len(shrunk(target, found, where).data) == 4
+
+
+@pytest.mark.parametrize(
+    ("stream", "by_the_letter", "as_go"),
+    [
+        (b"data: x\n\n", ["x"], ["x"]),
+        (b"data: x\n", [], ["x"]),
+        (b"data: x\r\r", ["x"], ["x"]),
+        (b"\xef\xbb\xbfdata: x\n\n", ["x"], []),
+        (b"event: other\ndata: x\n\n", [], []),
+        (b"data: {}\rdata: x\n\n", ["{}\nx"], ["{}\rdata: x"]),
+    ],
+)
+def test_streams_are_read_as_clients_do(stream: bytes, by_the_letter: list[str], as_go: list[str]) -> None:
+    """Clients differ in line ends, in a byte order mark and in the last event: what is hidden is hidden from each."""
+    assert (_as_browsers(stream), _as_go(stream)) == (by_the_letter, as_go)
+
+
+def test_an_item_that_is_shown_by_mistake_is_told() -> None:
+    """A list with what the reader may not use."""
+    with pytest.raises(AssertionError):
+        _check_shown(json.loads(ANSWERS[0]), ANSWERS[0])
