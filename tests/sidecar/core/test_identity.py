@@ -443,9 +443,7 @@ RESOURCE = "https://mcp.test/mcp"
 METADATA = b'Bearer resource_metadata="https://mcp.test/.well-known/oauth-protected-resource/mcp"'
 
 
-@pytest.mark.parametrize(
-    "claims", [{"typ": "ID"}, {"nonce": "n"}, {"token_use": "id"}, {"typ": "Refresh"}], ids=str
-)
+@pytest.mark.parametrize("claims", [{"typ": "ID"}, {"nonce": "n"}, {"token_use": "id"}, {"typ": "Refresh"}], ids=str)
 def test_an_id_token_does_not_open_the_server(claims: dict[str, Any]) -> None:
     """Though its signature, issuer and audience are right."""
     refusal = refused(presented(a_token(claims, header={"typ": "JWT"})), believed())
