@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sidecar.core.authorise import Question
 from sidecar.core.cedar import CedarEngine, translate
-from sidecar.core.claims import User
+from sidecar.core.claims import Delegated, User
 from sidecar.core.message import Ask, Prompt, Resource
 from sidecar.core.projection import Projection
 from sidecar.errors import BundleError
@@ -286,3 +286,13 @@ def test_a_rule_may_read_how_a_human_is_asked() -> None:
     assert rule.decide(asked(Ask(method="elicitation/create", mode="url", url="https://id.test/x"))).allowed
     assert not rule.decide(asked(Ask(method="elicitation/create", mode="url", url="https://evil.test/x"))).allowed
     assert not rule.decide(asked(Ask(method="elicitation/create", mode="form"))).allowed
+
+
+def test_a_rule_may_read_who_acts_for_the_user() -> None:
+    """The chain of a delegation, from the user outward; without one it is empty."""
+    acting = a_user(delegation=(Delegated(sub="alice", actor="planner"),))
+    rule = when('context.delegation.contains({sub: "alice", actor: "planner"})')
+
+    assert rule.decide(a_question(user=acting)).allowed
+    assert not rule.decide(a_question()).allowed
+    assert when("context.delegation.isEmpty()").decide(a_question()).allowed

@@ -209,6 +209,7 @@ def test_reasons_are_an_entrypoint_where_they_are_a_rule(modules: list[Any], exp
         ("[context.claims.role].contains(1)", {"/user/claims/role"}),
         ('(if context.agent.session == "x" then context.request else context.request).time > 1', {"/agent/session", "/request"}),
         ('context.elicitation.mode == "url"', {"/elicitation/mode"}),
+        ("context.delegation.isEmpty()", {"/delegation"}),
         ("context.nothing.at.all", set()),
         ("context has nothing", set()),
     ],
