@@ -224,9 +224,12 @@ def opa_error(output: bytes) -> BadPolicy:
         message = str(first["message"]) + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
         location = first.get("location") or {}
         name = str(location.get("file", "rego")).removeprefix("policy/")
-        return BadPolicy(name, message, line=int(location.get("row", 0)), column=int(location.get("col", 0)))
+        line, column = int(location.get("row", 0)), int(location.get("col", 0))
+        return BadPolicy(name, message, line=line, column=max(column, 1) if line else 0)  # a sudden end has no column
     except (ValueError, LookupError, TypeError):
         lines = output.decode(errors="replace").strip().splitlines() or ["opa failed without a word"]
+        if "does not refer to a rule" in lines[0]:
+            return BadPolicy("rego", "there is no rule allow in package mcp.authz, and no other rule decides")
         return BadPolicy("rego", lines[0].removeprefix("error: ")[:512])
 
 

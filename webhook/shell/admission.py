@@ -172,7 +172,7 @@ class Admission:
         except ValueError:
             raise web.HTTPNotFound(text=f"one of {', '.join(NamespacePolicy)} is expected behind /mutate/") from None
         try:
-            review = read_review(await _body(request))
+            review = read_review(await read_body(request))
         except BadReview as error:
             self._metrics.admissions.labels("error", "bad_review").inc()
             return web.Response(status=error.status, text=str(error))
@@ -217,7 +217,8 @@ class Admission:
             )
 
 
-async def _body(request: web.Request) -> bytes:
+async def read_body(request: web.Request) -> bytes:
+    """Return the body of a review; raises BadReview."""
     if request.content_type != "application/json":
         raise BadReview(415, f"content type {request.content_type!r}: expected application/json")
     try:

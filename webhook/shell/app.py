@@ -32,6 +32,7 @@ from webhook.shell.controllers import Compile, Controller
 from webhook.shell.kube import Kube
 from webhook.shell.metrics import CONTENT_TYPE, Metrics
 from webhook.shell.rotate import Rotation, Secrets, public_pem, signing_key
+from webhook.shell.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class App:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         admission = self._application(client_max_size=MAX_BODY_BYTES)
         admission.router.add_post("/mutate/{policy}", Admission(self, self._metrics).mutate)
+        admission.router.add_post("/validate", Validation(self._compile_files, self._metrics).validate)
         bundles = self._application(client_max_size=0)
         trust_domain = SpiffeId.parse(self._settings.control_plane_id).trust_domain
         bundles.router.add_get("/v1/bundles/{pod}", BundleEndpoint(self._bundles, trust_domain, self._metrics).get)

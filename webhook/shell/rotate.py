@@ -50,8 +50,9 @@ class Rotation:
         host = f"{settings.service}.{settings.namespace}.svc"
         self._dns_names = [host, f"{host}.cluster.local"]
         self._secret = settings.ca_secret
-        self._configuration = (
-            f"/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/{settings.webhook_configuration}"
+        self._configuration, self._validating = (
+            f"/apis/admissionregistration.k8s.io/v1/{kind}webhookconfigurations/{settings.webhook_configuration}"
+            for kind in ("mutating", "validating")
         )
         self._lifetimes = Lifetimes(
             ca=timedelta(seconds=settings.ca_lifetime_s),
@@ -84,6 +85,7 @@ class Rotation:
         """Bring Secret, caBundle and leaf up to date. Raises KubeError, BadCertificate."""
         held = await self._authorities()
         self.is_trusted = await self._publish(held.trusted_pem())
+        await self._publish_into(self._validating, held.trusted_pem())
         now = self._now()
         if needs_leaf(self._leaf, held.current, now):
             key = make_key()
@@ -123,10 +125,17 @@ class Rotation:
         )
 
     async def _publish(self, ca_bundle: bytes) -> bool:
-        """Put *ca_bundle* into our webhooks where it differs; returns whether there are any."""
-        configuration = await self._kube.get(self._configuration)
-        if configuration is None:
+        """Put *ca_bundle* into the webhooks that inject; returns whether there are any. Raises KubeError."""
+        found = await self._publish_into(self._configuration, ca_bundle)
+        if found is None:
             raise KubeError(404, f"{self._configuration}: not there; is the chart installed?")
+        return found
+
+    async def _publish_into(self, path: str, ca_bundle: bytes) -> bool | None:
+        """Put *ca_bundle* into our webhooks at *path* where it differs; returns whether there are any, None: no object."""
+        configuration = await self._kube.get(path)
+        if configuration is None:
+            return None
         wanted = base64.b64encode(ca_bundle).decode()
         # By name, and only what calls this Service: others may have put theirs into the same object.
         ours = [
@@ -137,7 +146,7 @@ class Rotation:
         stale = [each["name"] for each in ours if each["clientConfig"].get("caBundle") != wanted]
         if stale:
             webhooks = [{"name": name, "clientConfig": {"caBundle": wanted}} for name in stale]
-            await self._kube.merge(f"{self._configuration}?fieldManager={MANAGER}", {"webhooks": webhooks})
+            await self._kube.merge(f"{path}?fieldManager={MANAGER}", {"webhooks": webhooks})
             log.info("caBundle published", extra={"webhooks": stale})
         return bool(ours)
 

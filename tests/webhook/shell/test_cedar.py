@@ -56,7 +56,8 @@ def test_the_child_answers_in_json(
     text: str, answer: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The question on standard input, the answer on standard output."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"policies": {"a.cedar": text}, "schema": None, "vocabulary": "sidegate", "check": False})))
+    asked = {"policies": {"a.cedar": text}, "schema": None, "vocabulary": "sidegate", "check": False}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
     cedar.main()
 
     assert json.loads(capsys.readouterr().out) == answer
