@@ -7,6 +7,7 @@ Host, so ours is written there after it was judged (sidecar/core/origin.py).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import compress
 from typing import Final
 
 from certs.verify import Peer
@@ -96,6 +97,7 @@ IDENTITY_PREFIXES: Final = (
     b"tailscale-user-",
     b"impersonate-",
 )
+MAX_CACHED_BYTES: Final = 1024  # of all names of a request; what is sorted out for longer ones is not kept
 _NOT_FORWARDED: Final = HOP_BY_HOP | CONSUMED | IDENTITY
 
 
@@ -144,22 +146,41 @@ def forwarded_headers(headers: Headers, *, in_session: bool = True) -> list[tupl
     nominated = {name for name in nominated_in(headers) if not name.startswith(b"mcp-")}
     if not in_session:
         nominated.add(b"mcp-session-id")
-    return [(name, value) for name, value in headers if _travels(name) and name not in nominated]
-
-
-@lru_cache(maxsize=1024)  # clients send the same dozen names again and again
-def _travels(name: bytes) -> bool:
-    return name not in _NOT_FORWARDED and b"_" not in name and not name.startswith(IDENTITY_PREFIXES)
-
-
-@lru_cache(maxsize=1024)  # as above
-def _is_forged(name: bytes) -> bool:
-    return (name in IDENTITY or name.startswith(IDENTITY_PREFIXES)) and name not in OURS
+    left = compress(headers, _sorted_out(headers).travels)
+    return [pair for pair in left if pair[0] not in nominated] if nominated else list(left)
 
 
 def forged_headers(headers: Headers) -> tuple[str, ...]:
     """Return the names of those of *headers* that say who the user is, for the record: the server never sees them."""
-    return tuple([name.decode("latin-1") for name, _ in headers if _is_forged(name)])
+    return _sorted_out(headers).forged
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Which of some header fields travel on, one by one, and the names of those that claim an identity."""
+
+    travels: tuple[bool, ...]
+    forged: tuple[str, ...]
+
+
+def _sorted_out(headers: Headers) -> _Sorted:
+    names = b"\n".join([name for name, _ in headers])  # no name holds the separator
+    return _sort(names) if len(names) <= MAX_CACHED_BYTES else _sort.__wrapped__(names)
+
+
+@lru_cache(maxsize=512)  # a client sends the same names again and again
+def _sort(names: bytes) -> _Sorted:
+    each = names.split(b"\n")
+    return _Sorted(
+        tuple(
+            name not in _NOT_FORWARDED and b"_" not in name and not name.startswith(IDENTITY_PREFIXES) for name in each
+        ),
+        tuple(name.decode("latin-1") for name in each if _is_forged(name)),
+    )
+
+
+def _is_forged(name: bytes) -> bool:
+    return (name in IDENTITY or name.startswith(IDENTITY_PREFIXES)) and name not in OURS
 
 
 def returned_headers(headers: Headers) -> list[tuple[bytes, bytes]]:

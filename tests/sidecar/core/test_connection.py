@@ -2,7 +2,8 @@
 
 import pytest
 
-from sidecar.core.connection import forged_headers, forwarded_headers, returned_headers
+from sidecar.core import connection as module
+from sidecar.core.connection import MAX_CACHED_BYTES, forged_headers, forwarded_headers, returned_headers
 from sidecar.errors import Reason, Refusal
 from tests.builders import a_connection
 
@@ -132,3 +133,19 @@ def test_what_is_ours_to_read_is_no_forgery() -> None:
 def test_the_servers_own_challenge_stays_behind(name: bytes) -> None:
     """It names another URL, and clients would look for their provider there."""
     assert returned_headers([(name, b"x"), (b"content-type", b"y")]) == [(b"content-type", b"y")]
+
+
+@pytest.mark.parametrize("length", [1, MAX_CACHED_BYTES + 1])
+def test_names_of_any_length_are_sorted_out_alike(length: int) -> None:
+    """What is kept for the next request is bounded; long names are looked at each time."""
+    kept = module._sort.cache_info().currsize
+    headers = [(b"n" * length, b"1"), (b"x-forwarded-user", b"eve"), (b"a_b", b"2"), (b"mcp-name", b"3")]
+
+    assert forwarded_headers(headers) == [headers[0], headers[3]]
+    assert forged_headers(headers) == ("x-forwarded-user",)
+    assert module._sort.cache_info().currsize <= kept + (length == 1)
+
+
+def test_no_headers_are_none() -> None:
+    """An empty list is sorted out, too."""
+    assert (forwarded_headers([]), forged_headers([])) == ([], ())
