@@ -13,13 +13,14 @@ READY = $(VENV)/.locked-$(shell cat requirements/dev.txt pyproject.toml | cksum 
 .DEFAULT_GOAL := help
 .SILENT:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo lint test e2e conformance matrix fuzz bench docs examples test-all-pythons lock images clean
+.PHONY: help demo lint test e2e policy-conformance conformance matrix fuzz bench docs examples test-all-pythons lock images clean
 
 help:
 	echo "make demo              a public server, governed on this machine; ONCE=1: run it once and check it"
 	echo "make lint              style, types, layers, spelling, Dockerfile"
 	echo "make test              everything that needs no root"
 	echo "make e2e               a real cluster with real SPIRE (root)"
+	echo "make policy-conformance  OPA's published cases through our Rego engine (10 minutes)"
 	echo "make conformance       the official MCP suite and public servers, direct and through the sidecar"
 	echo "make test-all-pythons  make test under 3.11, 3.12 and 3.13"
 	echo "make matrix            SDKs of every generation, and ambiguous requests, at real servers through the sidecar"
@@ -75,6 +76,11 @@ e2e: $(READY)
 	$(BIN)/python -m tests.parts $$($(BIN)/python -m tests.parts) >/dev/null
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider" tests
+
+policy-conformance: $(READY)
+	echo "policy-conformance: parts"
+	$(BIN)/python -m tests.parts opa opa-cases >/dev/null
+	$(BIN)/python -m tests.rego_conformance
 
 conformance: $(READY)
 	echo "conformance: parts"

@@ -1,6 +1,7 @@
 """Write the reference pages that are made of code: `python docs/generate.py`; with --check, fail if one is out of date."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from sidecar.core.replies import answer
 from sidecar.core.revision import CAPABILITIES, VERSION, Revision
 from sidecar.errors import Reason, Refusal
 from sidecar.pipeline import CANCELLED, Snapshot, read
-from webhook.core import annotations, quantity, resources
+from webhook.core import annotations, contract, quantity, resources
 
 REFERENCE: Final = Path(__file__).parent / "reference"
 NOTE: Final = "<!-- Made by docs/generate.py from the code; edit the code. -->\n"
@@ -35,6 +36,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "custom-resources.md", _resources()
     yield "refusals.md", _refusals()
     yield "methods.md", _methods()
+    yield "policy-input.md", _policy_input()
     yield "revisions.md", _filled("revisions.md", taken=_taken(), denied=_denied())
 
 
@@ -265,6 +267,29 @@ def _judged_on(method: str) -> str:
             return "each resource that it names, as if it were read; whose tasks they are"
         case target:
             return type(target).__name__.lower()
+
+
+def _policy_input() -> str:
+    rows = [
+        (f"`input.{name}`", kind.replace("?", " or null").replace("[]", " array"), meaning)
+        for name, kind, meaning in contract.FIELDS
+    ]
+    actions = [(f'`Action::"{name}"`', f"`{resource}`") for name, resource in contract.ACTIONS.items()]
+    text = (
+        f"Version `{contract.VERSION}`: a member may be added in v1; a changed or missing one would be v2.\n"
+        "`any` is what the caller or the identity provider wrote.\n"
+    )
+    cedar = (
+        'In Cedar the principal is `User::"<issuer>#<id>"` in its `Role`s and `Group`s, without a user '
+        '`Workload::"<SPIFFE ID>"`, without either `Anonymous::"anonymous"`; the rest is in `context`: `args` (of the tool or '
+        "prompt), `claims`, `method`, `workload`, `agent`, `request`, `delegation`, `elicitation`. What is null is absent.\n"
+    )
+    return (
+        f"{NOTE}# What a policy sees\n\n{text}\n{_table(('field', 'type', 'meaning'), rows)}\n"
+        f"## Cedar\n\n{cedar}\n{_table(('action', 'resource'), actions)}\n"
+        f"The schema that policies are validated against:\n\n```cedarschema\n{contract.cedar_schema()}```\n\n"
+        f"## JSON Schema\n\n```json\n{json.dumps(contract.json_schema(), indent=1)}\n```\n"
+    )
 
 
 def main() -> int:
