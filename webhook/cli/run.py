@@ -56,6 +56,7 @@ def add_to(verbs: Any) -> None:
     parser.add_argument("--opa", default="opa", metavar="PATH", help="the opa binary that compiles .rego (default: opa on the PATH)")  # fmt: skip # noqa: E501
     parser.add_argument("--issuer", metavar="URL", help="the OpenID provider whose access tokens are accepted")
     parser.add_argument("--audience", action="append", default=[], metavar="AUD", help="an audience that names this server; may be given again")  # fmt: skip # noqa: E501
+    parser.add_argument("--resource", metavar="URL", help="the URL by which callers know this server: clients find the provider by it (RFC 9728)")  # fmt: skip # noqa: E501
     parser.add_argument("--user", choices=("required", "optional"), help="whether a call needs a user's token (default: required)")  # fmt: skip # noqa: E501
     parser.add_argument("--spiffe-socket", default="", metavar="ADDRESS", help="the Workload API, as unix:/path; without it callers cannot use mTLS")  # fmt: skip # noqa: E501
     parser.add_argument("--caller", action="append", default=[], metavar="PATTERN", help="SPIFFE IDs that may call, such as spiffe://td/ns/*/sa/agent")  # fmt: skip # noqa: E501
@@ -151,6 +152,7 @@ def _profile(options: argparse.Namespace, upstream: Endpoint, base: Profile | No
             user=options.user or old.user,
             callers=tuple(options.caller) or old.callers,
             providers=providers,
+            resource=options.resource or old.resource,
         )
         if base is None:
             made = Profile(server=server, identity=identity, limits=limits)
