@@ -33,6 +33,7 @@ class Answer:
     """One response. `begin`, then `feed` for each piece, then `end`; what they return is for the client.
 
     Attributes:
+        seen: the messages that have come since the last `take`.
         endpoint: where the client of a 2024-11-05 stream was told to post, once it was.
     """
 
@@ -43,7 +44,7 @@ class Answer:
         self._stream_path = stream_path
         self._held = bytearray()
         self._splitter = Splitter()
-        self._seen: list[Seen] = []
+        self.seen: list[Seen] = []
         self._is_error = False
         self._passed_bytes = 0  # of a message too large to be held
         self._hash: hashlib._Hash | None = None
@@ -113,7 +114,7 @@ class Answer:
 
     def take(self) -> Sequence[Seen]:
         """Return the messages that were seen since the last time."""
-        seen, self._seen = self._seen, []
+        seen, self.seen = self.seen, []
         return seen
 
     @property
@@ -143,7 +144,7 @@ class Answer:
     def _review(self, data: bytes) -> bytes:
         """Return *data* as the client may see it; the very object when nothing was changed."""
         passed, seen = review(data, self._reader, self._judge)
-        self._seen += seen
+        self.seen += seen
         return passed
 
     def _counted(self, piece: bytes) -> bytes:

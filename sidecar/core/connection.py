@@ -48,7 +48,19 @@ CONSUMED: Final = frozenset(
     }
 )
 # The server's own challenge names another URL and other providers than the ones that are judged here.
-_NOT_RETURNED: Final = HOP_BY_HOP | {b"www-authenticate", b"authentication-info", b"dpop-nonce"}
+_NOT_RETURNED: Final = HOP_BY_HOP | {
+    b"www-authenticate",
+    b"authentication-info",
+    b"dpop-nonce",
+    # Which pages may read an answer is judged here (sidecar/core/origin.py).
+    b"access-control-allow-origin",
+    b"access-control-allow-credentials",
+    b"access-control-allow-methods",
+    b"access-control-allow-headers",
+    b"access-control-allow-private-network",
+    b"access-control-expose-headers",
+    b"access-control-max-age",
+}
 RESERVED_PREFIX: Final = b"sidegate-"  # headers of ours; from a caller they are forgeries
 # By which proxies tell servers who the user is. From a caller they are forgeries, whoever the server believes.
 IDENTITY: Final = frozenset(

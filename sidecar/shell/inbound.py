@@ -534,7 +534,9 @@ class Turn:
         """Return what was found in the response, and keep what it says; None when it was given up instead."""
         try:
             found = look()
-            self._note()
+            came = self._answer
+            if came is not None and (came.seen or came.endpoint is not None):
+                self._note(came)
         except Refusal as refusal:
             self._give_up(refusal)
         except Exception:
@@ -545,13 +547,11 @@ class Turn:
             return found
         return None
 
-    def _note(self) -> None:
+    def _note(self, came: Answer) -> None:
         """Keep what the messages say that have come since the last time."""
-        seen_so_far = self._answer
-        assert seen_so_far is not None  # noqa: S101 - it was looked at
-        if seen_so_far.endpoint is not None and self._stream is None:
-            self._stream = self._serving.open_stream(seen_so_far.endpoint, self._exchange, self.say)
-        for seen in seen_so_far.take():
+        if came.endpoint is not None and self._stream is None:
+            self._stream = self._serving.open_stream(came.endpoint, self._exchange, self.say)
+        for seen in came.take():
             if self._stream is None or not self._serving.answered(seen, self._stream):
                 self._serving.note(seen, self._whose(seen), self._stream)
 
@@ -614,8 +614,9 @@ class Turn:
     def _readable(self, headers: Headers) -> Headers:
         """Return *headers* as the page that called may read them, if one did."""
         origin, profile = self._request.connection.values.get(b"origin"), self._exchange.profile
-        origins = () if profile is None else profile.server.origins
-        return shared(headers, None if origin is None else origin.decode("latin-1"), origins)
+        if origin is None or profile is None:
+            return headers
+        return shared(headers, origin.decode("latin-1"), profile.server.origins)
 
     @property
     def _closes(self) -> bool:
