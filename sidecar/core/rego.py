@@ -194,8 +194,8 @@ class _Instance:
         except ValueError as error:
             raise Trap(_cause(error)) from error
 
-    def evaluate_raw(self, entrypoint: str, document: bytes, time_ns: int) -> bytes:
-        """Return the same as JSON; an empty *document* is no input."""
+    def evaluate_raw(self, entrypoint: str, document: bytes, time_ns: int, *, as_rego: bool = False) -> bytes:
+        """Return the same as JSON, or as Rego's own values, sets among them; an empty *document* is no input."""
         store, memory, heap = self._store, self._memory, self._heap
         self._time_ns, end = time_ns, heap + len(document)
         try:
@@ -204,7 +204,7 @@ class _Instance:
                 memory.grow(store, -(-missing_bytes // PAGE_BYTES))
             ctypes.memmove(self._address() + heap, document, len(document))
             store.set_fuel(self._fuel + FUEL_PER_BYTE * len(document))
-            result = self._evaluate(0, self.entrypoints[entrypoint], self._data, heap, len(document), end, 0)
+            result = self._evaluate(0, self.entrypoints[entrypoint], self._data, heap, len(document), end, int(as_rego))
             return self._text(result)
         except (wasmtime.WasmtimeError, wasmtime.Trap, Trap, ValueError) as error:
             error.__traceback__ = None  # the package's frames hold their exception, and so would hold us

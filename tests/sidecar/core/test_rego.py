@@ -102,6 +102,61 @@ def test_an_endless_policy_spends_its_fuel_and_denies() -> None:
     assert engine.decide(a_question("x", {"l": []})).errors == ()
 
 
+HOSTILE = {
+    "a loop in a loop in a loop": (
+        "some i in numbers.range(1, 2000); some j in numbers.range(1, 2000); some k in numbers.range(1, 2000)\n"
+        "  i + j + k == -1"
+    ),
+    "a range of a thousand million": "count(numbers.range(1, 1000000000)) == 5",
+    "a range in steps": "count(numbers.range_step(1, 1000000000, 2)) == 5",
+    "a text that grows": 'count(concat("", [input.tool.args.text | some _ in numbers.range(1, 100000)])) == 1',
+    "a function of ours in a loop": 'some i in numbers.range(1, 100000); sprintf("%d", [i]) == "x"',
+    "our regular expressions in a loop": 'some i in numbers.range(1, 100000); regex.replace(input.tool.args.text, "(a+)+b", "") == "x"',
+    "every member of everything": "some i in numbers.range(1, 1000); walk(input.tool.args, [path, value]); path == value",
+    "a network with all its addresses": 'count(net.cidr_expand("10.0.0.0/8")) == 5',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_policy_is_stopped_and_the_next_call_served(name: str) -> None:
+    """By fuel, memory or what a function may take; then another call is decided as if nothing had been."""
+    body = f'allow if {{\n  input.tool.name == "bad"\n  {HOSTILE[name]}\n}}\nallow if input.tool.name == "good"\n'
+    engine = RegoEngine(policy_wasm(DEFAULT + body))
+    arguments = {"text": "a" * 50_000, "list": list(range(1000))}
+
+    verdict = engine.decide(a_question("bad", arguments))
+    assert not verdict.allowed
+    assert verdict.errors != ()
+    assert engine.decide(a_question("good", arguments)).allowed
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'regex.match("^(a+)+$", {})',
+        'regex.replace({}, "^(a+)+$", "x") == "x"',
+        'count(regex.find_n("(a|a)*b", {}, -1)) == 1',
+    ],
+)
+def test_a_catastrophic_regular_expression_is_none(call: str) -> None:
+    """RE2 has no backtracking: 50,000 letters and a wrong one at the end are looked at once."""
+    engine = RegoEngine(policy_wasm(DEFAULT + f"allow if {call.format('input.tool.args.text')}\n"))
+
+    verdict = engine.decide(a_question("x", {"text": "a" * 50_000 + "!"}))
+    assert (verdict.allowed, verdict.errors) == (False, ())
+
+
+def test_nesting_beyond_what_a_message_may_have_is_stopped() -> None:
+    """The parser in the module has its own stack."""
+    engine = RegoEngine(policy_wasm(DEFAULT + 'allow if input.tool.name == "good"\n'))
+    deep: Any = 1
+    for _ in range(200):
+        deep = [deep]
+
+    assert not engine.decide(a_question("bad", {"x": deep})).allowed
+    assert engine.decide(a_question("good", {"x": [[1]]})).allowed
+
+
 def used() -> tuple[Any, Any]:
     """Return the instances of an engine that failed once and is gone."""
     engine = RegoEngine(policy_wasm(SLOW), fuel=2_000_000)
