@@ -100,6 +100,7 @@ fuzz: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.decisions
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -41,7 +41,7 @@ class Snapshots:
 
     async def activate(self, bundle: Bundle) -> None:
         """Put *bundle* in force; raises BundleError, and then the one before stays in force."""
-        self._engines = await _load(bundle, self._work_dir)
+        self._engines = await load(bundle, self._work_dir)
         self._bundle = bundle
         self._publish()
         log.info("bundle activated", extra={"revision": bundle.revision})
@@ -70,7 +70,7 @@ class Snapshots:
         )
 
 
-async def _load(bundle: Bundle, work_dir: str | None) -> Engines:
+async def load(bundle: Bundle, work_dir: str | None) -> Engines:
     """Return the bundle's engines; its WebAssembly is compiled in children, whose 20 MB end with them."""
     sources = {each.path: bundle.files[each.path + WASM] for each in bundle.profile.policies if each.rego}
     with tempfile.TemporaryDirectory(prefix="sidegate-", dir=work_dir) as directory:

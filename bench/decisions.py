@@ -1,0 +1,104 @@
+"""What a decision costs: both engines, 50 rules, arguments of three sizes; afresh, and remembered. `python -m bench.decisions`.
+
+CPU time of this thread, the median of some blocks. Rules read the role, the tool and one argument, so a larger argument
+that no rule reads should cost nothing more.
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from sidecar.core.authorise import Agent, Engine, Question
+from sidecar.core.bundle import PROFILE, Bundle
+from sidecar.core.engines import engines
+from sidecar.core.identity import Principal
+from sidecar.core.message import Message, Shape, Tool
+from sidecar.core.profile import Profile, Server, decode
+from sidecar.core.projection import Remembering
+from sidecar.shell.snapshot import load
+from tests.parts import part
+from tests.sidecar.questions import a_user
+from webhook.core.compile import Policies
+from webhook.shell.opa import Opa, files
+
+RULES: Final = 50
+SIZES: Final = {"200 B": 8, "10 KB": 400, "100 KB": 4000}  # arguments of about 25 bytes each
+BLOCKS: Final = 15
+CALLS: Final = 40
+SERVER: Final = Server(namespace="bench", workload="bench", name="bench", port=1)
+
+
+def policies() -> tuple[Policies, Policies]:
+    """Return 50 rules in Cedar, and the same in Rego."""
+    cedar = "\n".join(
+        f'permit (principal in Role::"role-{n}", action == Action::"tools/call", resource)'
+        f' when {{ resource.name == "tool-{n}" && context.args has a0 && context.args.a0 == "x" }};'
+        for n in range(RULES)
+    )
+    rego = "package mcp.authz\n\ndefault allow := false\n\n" + "\n".join(
+        f'allow if {{\n\tinput.user.role == "role-{n}"\n\tinput.tool.name == "tool-{n}"\n\tinput.tool.args.a0 == "x"\n}}\n'
+        for n in range(RULES)
+    )
+    return Policies(cedar={"bench.cedar": cedar}), Policies(rego={"bench.rego": rego})
+
+
+def question_of(members: int) -> Question:
+    """Return a question that the last rule allows, with so many arguments."""
+    arguments = {f"a{n}": "x" if n == 0 else f"value-{n:06}-xxxxx" for n in range(members)}
+    target = Tool(name=f"tool-{RULES - 1}", arguments=arguments)
+    message = Message(shape=Shape.REQUEST, method="tools/call", id=1, target=target, params={})
+    principal = Principal(workload=None, user=a_user(f"role-{RULES - 1}"), expires_at_s=2e9)
+    return Question(principal=principal, message=message, server=SERVER, agent=Agent(), time_ns=1)
+
+
+def cost_us(engine: Engine, question: Question) -> float:
+    """Return the CPU time of one decision."""
+    blocks = []
+    for _ in range(BLOCKS):
+        started_s = time.thread_time()
+        for _ in range(CALLS):
+            engine.decide(question)
+        blocks.append((time.thread_time() - started_s) / CALLS)
+    return statistics.median(blocks) * 1e6
+
+
+def rows() -> Iterator[tuple[str, str, float, float]]:
+    """Yield engine, size of the arguments, and microseconds of a decision: afresh, remembered."""
+    for each in policies():
+        bundle = bundle_of(each)
+        (remembering,) = engines(bundle).enforced
+        assert isinstance(remembering, Remembering)  # noqa: S101 - for the type checker: the rules are pure
+        (engine,) = remembering.engines
+        for size, members in SIZES.items():
+            question = question_of(members)
+            yield engine.name, size, cost_us(engine, question), cost_us(remembering, question)
+
+
+def bundle_of(policies_: Policies) -> Bundle:
+    """Return the compiled bundle."""
+    content = asyncio.run(files([policies_], Profile(server=SERVER), Opa(part("opa"))))
+    return Bundle(revision="bench", files=content, profile=decode(content[PROFILE]))
+
+
+def activation_s(bundle: Bundle) -> float:
+    """Return how long a sidecar takes to load *bundle*, its compiler's child included."""
+    started_s = time.monotonic()
+    asyncio.run(load(bundle, None))
+    return time.monotonic() - started_s
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{'engine':8} {'arguments':>10} {'afresh':>10} {'again':>10}")
+    for engine, size, fresh_us, again_us in rows():
+        print(f"{engine:8} {size:>10} {fresh_us:7.1f} us {again_us:7.1f} us")
+    for each in policies():
+        bundle = bundle_of(each)
+        kind = "cedar" if each.cedar else "rego"
+        print(f"activation of {RULES} rules in {kind}: {activation_s(bundle) * 1e3:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
