@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from certs.verify import Peer
-from sidecar.core.authorise import Verdict
+from sidecar.core.authorise import Difference, Shadow, Verdict
 from sidecar.core.claims import Delegated
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey
@@ -331,6 +331,24 @@ def test_nothing_is_remembered_of_what_was_not_read() -> None:
 
 
 # the order of effects
+
+
+def test_a_shadow_is_on_record_and_changes_nothing() -> None:
+    """Whichever way it would have decided; lifecycle messages ask no policy, so no shadow either."""
+    denying = FakeEngine(verdict=Verdict(allowed=False))
+    strict, lax = Shadow(name="strict", engines=(denying,)), Shadow(name="lax", engines=(allowing(),))
+    open_ = replace(a_snapshot(allowing()), shadows=(strict, lax))
+    closed = replace(a_snapshot(denying), shadows=(strict, lax))
+
+    passed, admission = judged(a_connection(a_call()), open_)
+    stopped, refusal = judged(a_connection(a_call()), closed)
+    began, _ = judged(a_connection(INITIALIZE), open_)
+
+    assert isinstance(admission, Admission)
+    assert isinstance(refusal, Refusal)
+    assert passed.shadow == (Difference(policy="strict", allowed=False),)
+    assert stopped.shadow == (Difference(policy="lax", allowed=True),)
+    assert began.shadow == ()
 
 
 def test_a_denied_call_takes_no_token() -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from certs.errors import PeerReason
+from sidecar.core.authorise import Difference
 from sidecar.core.message import Message, Shape, Tool
 from sidecar.errors import Reason, Refusal
 from sidecar.shell.metrics import MAX_TOOLS, OPERATION_BUCKETS_S, OTHER, Histogram, Metrics
@@ -108,13 +109,14 @@ def test_state_of_the_sidecar_is_shown() -> None:
     """Bundle, SVID, handshakes, audit and spans; what is not known is left out."""
     metrics = Metrics()
     metrics.handshake_refused(PeerReason.EXPIRED)
-    metrics.observe(an_exchange(hidden=3))
+    metrics.observe(an_exchange(hidden=3, shadow=(Difference(policy="cluster/x", allowed=False),)))
     samples = _samples(
         metrics.render(revision="a1b2", bundle_age_s=1.5, svid_expires_at_s=1.8e9, audit_failures=2, spans_dropped=4)
     )
 
     assert samples["sidegate_handshake_refusals_total", (("reason", "expired"),)] == 1
     assert samples["sidegate_hidden_items_total", ()] == 3
+    assert samples["sidegate_shadow_differences_total", (("allowed", "false"), ("policy", "cluster/x"))] == 1
     assert samples["sidegate_bundle_info", (("revision", "a1b2"),)] == 1
     assert samples["sidegate_bundle_age_seconds", ()] == 1.5
     assert samples["sidegate_svid_expiry_timestamp_seconds", ()] == 1.8e9
