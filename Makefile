@@ -73,7 +73,9 @@ test: $(READY)
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
 	echo "e2e: parts (20 minutes at first, on two cores)"
-	$(BIN)/python -m tests.parts $$($(BIN)/python -m tests.parts) >/dev/null
+	$(BIN)/python -m tests.parts opa helm kubectl kubernetes etcd containerd cni-plugins spire spire-controller-manager \
+	  spiffe-csi-driver otelcol node-tools buildah busybox-root python-root node-root gcc-root java keycloak \
+	  kubernetes-mcp-server oidc-provider >/dev/null
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider" tests
 
