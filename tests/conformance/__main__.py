@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bench.errors import BenchError
-from tests.conformance import parties, suite
+from tests.conformance import logins, parties, suite
 from tests.parts import PartError
 from tests.public_servers import probe
 
@@ -47,7 +48,7 @@ class ServerSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientSet:
-    """Scenarios against a client at one revision; auth/* are about tokens, and not among them."""
+    """Scenarios against a client at one revision; those on tokens are in logins.py."""
 
     name: str
     revision: str
@@ -95,6 +96,8 @@ CLIENT_SETS: Final = (
     ),
 )
 
+LOGIN_LEAST: Final = {"2025-11-25": 0, "2026-07-28": 0}  # by revision
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
@@ -104,10 +107,21 @@ class Compared:
     direct: int
     through: int
     worse: list[str]
+    apart: Mapping[str, str] = field(default_factory=dict)  # checks that cannot be compared, and why
+    not_run: Mapping[str, str] = field(default_factory=dict)  # scenarios, and why
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         """Return what is printed."""
-        return f"{self.name:32} direct {self.direct:4}  through {self.through:4}  worse {len(self.worse)}"
+        counted = f"{self.name:32} direct {self.direct:4}  through {self.through:4}  worse {len(self.worse)}"
+        more = [f"and {len(self.worse) - SHOWN} more"] if len(self.worse) > SHOWN else []
+        not_run = [f"not run: {scenario}: {reason}" for scenario, reason in self.not_run.items()]
+        return [counted, *self.worse[:SHOWN], *more, *logins.by_reason(self.apart), *not_run]
+
+    def document(self) -> dict[str, Any]:
+        """Return what is written."""
+        named = {"apart": dict(self.apart), "not_run": dict(self.not_run)}
+        counted = {"direct": self.direct, "through": self.through, "worse": self.worse}
+        return counted | {name: told for name, told in named.items() if told}
 
 
 def compared(name: str, direct: suite.Verdicts, through: suite.Verdicts, least: int) -> Compared:
@@ -134,9 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             home = options.keep or Path(scratch)
             home.mkdir(parents=True, exist_ok=True)
             for each in _every_set(home, options.only):
-                more = [f"and {len(each.worse) - SHOWN} more"] if len(each.worse) > SHOWN else []
-                print(each.line(), *each.worse[:SHOWN], *more, sep="\n    ", flush=True)
-                results[each.name] = {"direct": each.direct, "through": each.through, "worse": each.worse}
+                print(*each.lines(), sep="\n    ", flush=True)
+                results[each.name] = each.document()
     except (suite.SuiteError, BenchError, PartError) as error:
         print(f"conformance: error: {error}", file=sys.stderr)
         return 1
@@ -163,6 +176,9 @@ def _every_set(home: Path, only: Sequence[str]) -> Iterator[Compared]:
     for each in CLIENT_SETS:
         if _is_wanted(each.name, only):
             yield _client_set(each, home)
+    for revision in logins.SCENARIOS:
+        if _is_wanted(name := f"client auth {revision}", only):
+            yield _login_set(name, revision, home)
     for server in probe.table():
         if _is_wanted(server.name, only):
             yield _public_server(server, home)
@@ -191,6 +207,13 @@ def _client_set(each: ClientSet, home: Path) -> Compared:
         return verdicts
 
     return compared(each.name, run("direct"), run("through", "--through"), each.least)
+
+
+def _login_set(name: str, revision: str, home: Path) -> Compared:
+    found = logins.run(revision, home / f"auth-{revision}")  # no space: a shell reads the client's command
+    plain = compared(name, found.direct, found.through, LOGIN_LEAST[revision])
+    worse = [*plain.worse, *found.worse]
+    return dataclasses.replace(plain, worse=worse, apart=found.apart, not_run=logins.NOT_RUN)
 
 
 def _public_server(server: probe.Server, home: Path) -> Compared:

@@ -55,15 +55,23 @@ def python(home: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def sidecar(home: Path, *upstream: str, transport: str = "http") -> Iterator[int]:
-    """Run a sidecar in front of an HTTP server, one URL, or of a command's stdio; gives its port."""
+def sidecar(
+    home: Path, *upstream: str, transport: str = "http", profile: Profile | None = None, port: int | None = None
+) -> Iterator[int]:
+    """Run a sidecar in front of an HTTP server, one URL, or of a command's stdio; gives its port.
+
+    Without a *profile*, it asks nobody for a token.
+    """
     policies = home / "policies"
     policies.mkdir(exist_ok=True)
     (policies / "all.cedar").write_text(ALLOW_ALL)
-    if transport == "sse":
-        (policies / PROFILE).write_bytes(encode(OVER_SSE))
-    port = free_port()
-    listen = ("--listen", f"127.0.0.1:{port}", "--user", "optional", "--log-level", "warning")
+    if profile is None and transport == "sse":
+        profile = OVER_SSE
+    if profile is not None:
+        (policies / PROFILE).write_bytes(encode(profile))
+    port = port or free_port()
+    user = profile.identity.user if profile is not None and profile is not OVER_SSE else "optional"
+    listen = ("--listen", f"127.0.0.1:{port}", "--user", user, "--log-level", "warning")
     kept = ("--policy", policies, "--audit", home / "audit.jsonl")
     command = (sys.executable, "-m", "webhook.cli", "run", *listen, *kept)
     behind = ("--", *upstream) if transport == "stdio" else ("--upstream", *upstream)

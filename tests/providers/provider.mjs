@@ -29,10 +29,12 @@ const provider = new Provider(`http://127.0.0.1:${port}`, {
     },
   ],
   clientAuthMethods: ['none', 'client_secret_basic', 'private_key_jwt'],
+  scopes: ['openid', 'offline_access', 'mcp'],
   findAccount: (_, id) => (people[id] ? { accountId: id, claims: async () => ({ sub: id }) } : undefined),
   extraTokenClaims: async (_, token) => people[token.accountId],
   features: {
     devInteractions: { enabled: true },
+    registration: { enabled: true },
     introspection: { enabled: true, allowedPolicy: async () => true },
     revocation: { enabled: true, allowedPolicy: async () => true },
     resourceIndicators: {

@@ -147,7 +147,9 @@ class Sidecar:
 
 
 @asynccontextmanager
-async def a_sidecar(upstream: int, folder: Path, identity: Identity, domain: EmbeddedDomain) -> AsyncIterator[Sidecar]:
+async def a_sidecar(
+    upstream: int, folder: Path, identity: Identity, domain: EmbeddedDomain, *, port: int = 0
+) -> AsyncIterator[Sidecar]:
     """The whole process but its main(), in front of *upstream*, with an SVID of *domain*."""
     profile = Profile(
         server=Server(namespace="pay", workload="orders", name="orders", port=upstream),
@@ -158,7 +160,7 @@ async def a_sidecar(upstream: int, folder: Path, identity: Identity, domain: Emb
     with a_socket() as socket:
         agent = an_agent(socket, WORKLOAD, domain=domain)
         settings = Settings(
-            listen_host="127.0.0.1", listen_port=0, health_host="127.0.0.1", health_port=0, drain_s=1.0,
+            listen_host="127.0.0.1", listen_port=port, health_host="127.0.0.1", health_port=0, drain_s=1.0,
             spiffe_socket=agent.address, audit_sink=str(folder / "audit.jsonl"),
         )  # fmt: skip
         app = App(settings, bundle=bundle)

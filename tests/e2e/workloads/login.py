@@ -28,18 +28,16 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def login(issuer: str, audience: str, user: str, ca_file: str) -> str:
-    """Return an access token of *user* for *audience*."""
-    verifier = secrets.token_urlsafe(32)
-    challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+def a_browser(ca_file: str) -> urllib.request.OpenerDirector:
+    """Return a browser without any cookie yet."""
     cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
     tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file or None))
-    browser = urllib.request.build_opener(cookies, tls, _Stay())
-    query = {
-        "client_id": "agent", "response_type": "code", "redirect_uri": REDIRECT, "scope": "openid mcp", "resource": audience,
-        "code_challenge": challenge, "code_challenge_method": "S256", "state": "s",
-    }  # fmt: skip
-    page = browser.open(f"{issuer}/auth?{urllib.parse.urlencode(query)}")
+    return urllib.request.build_opener(cookies, tls, _Stay())
+
+
+def agree(browser: urllib.request.OpenerDirector, url: str, user: str) -> str:
+    """Log in as *user* where the client sent the browser, consent, and return the URL that leads back to the client."""
+    page = browser.open(url)
     for answers in ({"prompt": "login", "login": user, "password": "any"}, {"prompt": "consent"}):
         action = re.search(r'action="([^"]+)"', page.read().decode())
         assert action is not None
@@ -47,8 +45,20 @@ def login(issuer: str, audience: str, user: str, ca_file: str) -> str:
         try:
             page = browser.open(target, urllib.parse.urlencode(answers).encode())
         except urllib.error.HTTPError as error:
-            callback = error.headers["location"]
-            break
+            return str(error.headers["location"])
+    raise AssertionError(f"no way back to the client from {page.url}")
+
+
+def login(issuer: str, audience: str, user: str, ca_file: str) -> str:
+    """Return an access token of *user* for *audience*."""
+    verifier = secrets.token_urlsafe(32)
+    challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    browser = a_browser(ca_file)
+    query = {
+        "client_id": "agent", "response_type": "code", "redirect_uri": REDIRECT, "scope": "openid mcp", "resource": audience,
+        "code_challenge": challenge, "code_challenge_method": "S256", "state": "s",
+    }  # fmt: skip
+    callback = agree(browser, f"{issuer}/auth?{urllib.parse.urlencode(query)}", user)
     code = urllib.parse.parse_qs(urllib.parse.urlsplit(callback).query)["code"][0]
     form = {
         "grant_type": "authorization_code", "code": code, "redirect_uri": REDIRECT, "client_id": "agent",
