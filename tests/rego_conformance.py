@@ -96,9 +96,14 @@ def _plain(value: Any) -> Any:
             return [_plain(each) for each in value]
         case dict() | values.Pairs():
             pairs = values.pairs_of(value) or ()
-            return {key if isinstance(key, str) else values.write(key): _plain(member) for key, member in pairs}
+            return {_member(key): _plain(member) for key, member in pairs}
         case _:
             return value
+
+
+def _member(key: Any) -> str:
+    """Return what OPA makes of a key: JSON has but strings."""
+    return key if isinstance(key, str) else json.dumps(_plain(key), separators=(",", ":"), default=str)
 
 
 def _compared(case: Case, results: list[Case], *, wants_error: bool) -> tuple[str, str]:
