@@ -4,6 +4,7 @@ They are told the sidecar's URL and nothing else: its challenge leads to its met
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,11 +21,15 @@ from pydantic import AnyUrl
 from sidecar.core.profile import Identity, Provider
 from tests.conformance.auth_client import Storage
 from tests.e2e.workloads.login import REDIRECT, a_browser, agree
+from tests.parts import ENVIRONMENT, part
 from tests.providers.keycloak import free_port
 from tests.providers.rig import Sidecar, a_sidecar, domain, orders
 from tests.providers.test_oidc_provider import a_provider
 
 pytestmark = pytest.mark.real_provider
+
+STEP_S = 120.0  # for one line of a client's on a busy machine
+PROGRAM = Path(__file__).parent / "login_client.mjs"
 
 
 class User:
@@ -90,5 +95,38 @@ async def test_the_python_sdk_logs_in_by_itself(tmp_path: Path, mode: str, *, is
     assert (asked["resource"], asked["scope"], asked["code_challenge_method"]) == ([sidecar.url], ["mcp"], ["S256"])
     assert answer.structured_content is not None
     assert "authorization" not in answer.structured_content
+    assert record["decision"]["outcome"] == "allowed"
+    assert (record["who"]["user"]["email"], record["who"]["user"]["issuer"]) == ("bob@corp.example", issuer)
+
+
+@pytest.mark.parametrize(("generation", "packages"), [("1", "mcp-typescript-1.32"), ("2", "mcp-typescript-2.4")])
+async def test_the_typescript_sdks_log_in_by_themselves(tmp_path: Path, generation: str, packages: str) -> None:
+    """Both generations register themselves, go through the user's browser, and call the server as the user."""
+    environment = {**ENVIRONMENT, "PACKAGES": str(part(packages)), "SDK": generation}
+    async with a_governed_server(tmp_path) as (sidecar, issuer):
+        agent = await asyncio.create_subprocess_exec(
+            part("node"), PROGRAM, sidecar.url, "headers",
+            env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert agent.stdin is not None
+        assert agent.stdout is not None
+        try:
+            async with asyncio.timeout(STEP_S):
+                sent_to = (await agent.stdout.readline()).decode().strip()
+            back = await asyncio.to_thread(agree, a_browser(""), sent_to, "bob")
+            agent.stdin.write(f"{back}\n".encode())
+            async with asyncio.timeout(STEP_S):
+                answer = json.loads(await agent.stdout.readline())
+                assert await agent.wait() == 0
+        finally:
+            if agent.returncode is None:
+                agent.kill()
+                await agent.wait()
+        record = await sidecar.last_record("tools/call")
+
+    asked = parse_qs(urlsplit(sent_to).query)
+    assert urlsplit(sent_to).netloc == urlsplit(issuer).netloc
+    assert (asked["resource"], asked["scope"], asked["code_challenge_method"]) == ([sidecar.url], ["mcp"], ["S256"])
+    assert "authorization" not in answer["structuredContent"]
     assert record["decision"]["outcome"] == "allowed"
     assert (record["who"]["user"]["email"], record["who"]["user"]["issuer"]) == ("bob@corp.example", issuer)
