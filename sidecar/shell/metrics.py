@@ -76,7 +76,8 @@ class Metrics:
             return
         self._decisions.observe(exchange.judged_s)
         self._hidden += exchange.hidden
-        self._differences.update((each.policy, each.allowed) for each in exchange.shadow)
+        for each in exchange.shadow:
+            self._differences[each.policy, each.allowed] += 1
         # A stream's duration says how long a client stayed, and an ask's nothing, not how long the server took.
         is_operation = exchange.message.shape in (Shape.REQUEST, Shape.NOTIFICATION)
         if exchange.was_sent and is_operation and not isinstance(exchange.message.target, Ask):
