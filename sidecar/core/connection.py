@@ -155,10 +155,11 @@ def forwarded_headers(headers: Headers, *, in_session: bool = True) -> list[tupl
     judged or dropped here. What MCP defines is never hop-by-hop: the server must see what was judged. The id of a
     session travels *in_session* only: stateless messages have none, but a server that does not know them would use it.
     """
-    nominated = {name for name in nominated_in(headers) if not name.startswith(b"mcp-")}
+    found = _sorted_out(headers)
+    nominated = {name for name in nominated_in(headers) if not name.startswith(b"mcp-")} if found.nominates else set()
     if not in_session:
         nominated.add(b"mcp-session-id")
-    left = compress(headers, _sorted_out(headers).travels)
+    left = compress(headers, found.travels)
     return [pair for pair in left if pair[0] not in nominated] if nominated else list(left)
 
 
@@ -173,6 +174,7 @@ class _Sorted:
 
     travels: tuple[bool, ...]
     forged: tuple[str, ...]
+    nominates: bool  # a Connection field is among them, which makes others hop-by-hop
 
 
 def _sorted_out(headers: Headers) -> _Sorted:
@@ -188,6 +190,7 @@ def _sort(names: bytes) -> _Sorted:
             name not in _NOT_FORWARDED and b"_" not in name and not name.startswith(IDENTITY_PREFIXES) for name in each
         ),
         tuple(name.decode("latin-1") for name in each if _is_forged(name)),
+        b"connection" in each,
     )
 
 
