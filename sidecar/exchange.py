@@ -5,6 +5,7 @@ unreadable ones included.
 """
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from certs.spiffe import SpiffeId
 from sidecar.core.authorise import Agent, Difference, Permit
@@ -14,6 +15,8 @@ from sidecar.core.limits import Admission
 from sidecar.core.message import Message, RequestId
 from sidecar.core.profile import Profile
 from sidecar.errors import Refusal
+
+NOBODY: Final = Agent()  # says nothing of itself
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class Exchange:
     parent_id: str | None = None
     sampled: bool = True
     session_id: str | None = None
-    agent: Agent = field(default_factory=Agent)
+    agent: Agent = NOBODY
     protocol_version: str | None = None
     principal: Principal | None = None
     message: Message | None = None
