@@ -101,9 +101,7 @@ def date(value: Any) -> list[int]:
 
 def weekday(value: Any) -> str:
     """Return the day's name in English."""
-    return DAYS[
-        _read(value)[0].shown.weekday()
-    ]
+    return DAYS[_read(value)[0].shown.weekday()]
 
 
 def add_date(value: Any, years: Any, months: Any, days: Any) -> int:

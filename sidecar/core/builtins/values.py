@@ -33,7 +33,7 @@ class Pairs(tuple[tuple[Any, Any], ...]):
 
 MAX_WHOLE: Final = 10**100  # 1e999999 is an integer of a megabyte
 _TOKEN: Final = re.compile(
-    r'\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<number>-?\d[\d.eE+-]*)|(?P<word>[a-z]+)|(?P<sign>.))'
+    r'\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<number>-?[\d.][\d.eE+-]*)|(?P<word>[a-z]+)|(?P<sign>.))'
 )
 _WORDS: Final = {"true": True, "false": False, "null": None}
 
@@ -56,8 +56,8 @@ class _Reader:
     def whole(self) -> Any:
         try:
             value = self._value()
-        except IndexError as error:
-            raise ValueError("a value ends too soon") from error
+        except (IndexError, ArithmeticError) as error:
+            raise ValueError("a value ends too soon, or is none") from error
         if self._next != len(self._tokens):
             raise ValueError("text behind a value")
         return value
@@ -76,8 +76,10 @@ class _Reader:
     def _value(self) -> Any:
         token = self._take()
         match token.lastgroup, token[0].strip():
-            case "text" | "number", written:
-                return json.loads(written, parse_float=Decimal)
+            case "text", written:
+                return json.loads(written)
+            case "number", written:  # as it stands in the policy, such as .5
+                return int(written) if written.lstrip("-").isdigit() else Decimal(written)
             case "word", "set":
                 self._expect("(")
                 self._expect(")")
