@@ -6,6 +6,7 @@ Permit (tests/architecture). The document that both engines see is versioned: it
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 from sidecar.core.identity import Principal
@@ -116,11 +117,20 @@ class Named:
     def decide(self, question: Question) -> Verdict:
         """Return the engine's verdict, each policy and error with the name in front."""
         verdict = self._engine.decide(question)
-        return Verdict(
-            allowed=verdict.allowed,
-            policies=tuple(f"{self._policy}: {each}" for each in verdict.policies) or (self._policy,),
-            errors=tuple(f"{self._policy}: {each}" for each in verdict.errors),
-        )
+        is_short = not verdict.errors and len("\n".join(verdict.policies)) <= MAX_CACHED_CHARS
+        return (_named if is_short else _named.__wrapped__)(verdict, self._policy)
+
+
+MAX_CACHED_CHARS: Final = 1024  # of a verdict's policies; what a rule makes of its input may be of any length
+
+
+@lru_cache(maxsize=256)  # few rules decide most calls
+def _named(verdict: Verdict, policy: str) -> Verdict:
+    return Verdict(
+        allowed=verdict.allowed,
+        policies=tuple(f"{policy}: {each}" for each in verdict.policies) or (policy,),
+        errors=tuple(f"{policy}: {each}" for each in verdict.errors),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

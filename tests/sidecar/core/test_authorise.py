@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.authorise import Permit, Question, Verdict, authorise, judge, visible
+from sidecar.core.authorise import Named, Permit, Question, Verdict, authorise, judge, visible
 from sidecar.core.message import Ask, Message, Prompt, Resource, Tool, parse
 from sidecar.errors import Reason, Refusal
 from tests.builders import STREAM, a_call, a_permit, a_principal, a_question, a_request
@@ -251,3 +251,23 @@ def test_an_elicitation_is_in_the_document() -> None:
     )
     assert (document["tool"], document["prompt"], document["resource"]) == (None, None, None)
     assert replace(asked, message=asked.message.about(Ask(method="roots/list"))).document()["elicitation"] is None
+
+
+@given(VERDICTS, st.sampled_from(["namespace/a", "cluster/b"]))
+def test_a_named_engine_says_of_which_policy_its_verdict_is(verdict: Verdict, policy: str) -> None:
+    """The same verdict of two policies is told apart, whichever came first."""
+    named = Named(FakeEngine(verdict=verdict), policy).decide(a_question())
+
+    assert named.allowed is verdict.allowed
+    assert named.policies == (tuple(f"{policy}: {each}" for each in verdict.policies) or (policy,))
+    assert named.errors == tuple(f"{policy}: {each}" for each in verdict.errors)
+
+
+def test_a_named_verdict_is_kept_unless_it_is_long() -> None:
+    """What a rule makes of its input may be as long as the caller likes, and must not fill the memory."""
+    short, long = (
+        Named(FakeEngine(verdict=Verdict(allowed=True, policies=("p" * chars,))), "namespace/a") for chars in (64, 2000)
+    )
+
+    assert short.decide(a_question()) is short.decide(a_question())
+    assert long.decide(a_question()) is not long.decide(a_question())
