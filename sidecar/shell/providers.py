@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 REFRESH_S: Final = 300.0  # providers publish a new key long before they sign with it
 RETRY_S: Final = (1.0, 60.0)  # first and longest wait after a failure
 KEEP_S: Final = 24 * 3600.0  # a provider away for longer no longer vouches: a key may have been withdrawn meanwhile
-COOLDOWN_S: Final = 2.0  # between looks for an unknown key: anyone can send one; a token of a new key fails for so long at most
+# Between looks for an unknown key: anyone can send one; a token of a new key fails for so long at most.
+COOLDOWN_S: Final = 2.0
 MAX_KEYS: Final = 64
 
 

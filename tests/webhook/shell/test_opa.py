@@ -61,7 +61,7 @@ async def test_reasons_become_an_entrypoint(opa: Opa) -> None:
         (ALLOW + 'allow if http.send({"url": "x", "method": "get"}).status_code == 200', (3, 10), "undefined function http.send"),
         (ALLOW + "allow if rand.intn(1, 2) == 1", (3, 10), "undefined function rand.intn"),
         (ALLOW + "allow if { x := 1; true }", (3, 12), "assigned var x unused"),
-        ("package other\nallow := true", (0, 0), 'there is no rule allow in package mcp.authz'),
+        ("package other\nallow := true", (0, 0), "there is no rule allow in package mcp.authz"),
     ],
 )  # fmt: skip
 async def test_what_does_not_compile_is_refused(opa: Opa, text: str, place: tuple[int, int], reason: str) -> None:
