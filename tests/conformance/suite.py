@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RUN_S: Final = 150.0  # a set takes 3 to 8 s; scenarios that wait for what never comes, 30 s each
-SCENARIO: Final = re.compile(r"^(?:server-|client-)?(?P<name>.+?)-\d{4}-\d\d-\d\dT[\d-]+Z$")
+SCENARIO: Final = re.compile(r"^(?:server-)?(?P<name>.+?)-\d{4}-\d\d-\d\dT[\d-]+Z$")
 RANKS: Final = {"FAILURE": 0, "WARNING": 1, "SKIPPED": 2, "SUCCESS": 3}  # INFO is not a verdict
 
 
