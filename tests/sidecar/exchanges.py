@@ -10,8 +10,8 @@ import orjson
 from certs.spiffe import SpiffeId
 from certs.verify import Peer
 from sidecar.core.authorise import Agent, Permit, Question
-from sidecar.core.connection import Connection
 from sidecar.core.claims import User
+from sidecar.core.connection import Connection
 from sidecar.core.identity import Principal
 from sidecar.core.limits import Admission
 from sidecar.core.message import Message, parse
