@@ -96,7 +96,7 @@ CLIENT_SETS: Final = (
     ),
 )
 
-LOGIN_LEAST: Final = {"2025-11-25": 0, "2026-07-28": 324}  # by revision
+LOGIN_LEAST: Final = {"2025-11-25": 205, "2026-07-28": 324}  # by revision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
