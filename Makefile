@@ -75,7 +75,7 @@ e2e: $(READY)
 	echo "e2e: parts (20 minutes at first, on two cores)"
 	$(BIN)/python -m tests.parts opa helm kubectl kubernetes etcd containerd cni-plugins spire spire-controller-manager \
 	  spiffe-csi-driver otelcol node-tools buildah busybox-root python-root node-root gcc-root java keycloak \
-	  kubernetes-mcp-server oidc-provider >/dev/null
+	  kubernetes-mcp-server oidc-provider mcp-typescript-1.32 mcp-typescript-2.4 >/dev/null
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider" tests
 
