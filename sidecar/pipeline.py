@@ -202,11 +202,11 @@ def _admit_all(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory
             for before in exchanges[:number]:
                 assert before.admission is not None  # noqa: S101 - same
                 give_back(before.admission, snapshot.profile.limits, memory.buckets, clock_s)
-                _undo(before, memory)
+                undo(before, memory)
             return
 
 
-def _undo(exchange: Exchange, memory: Memory) -> None:
+def undo(exchange: Exchange, memory: Memory) -> None:
     """Forget that *exchange* was admitted: it is not sent."""
     message = exchange.message
     if message is not None and message.shape is Shape.RESPONSE and message.id is not None:

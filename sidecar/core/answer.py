@@ -46,6 +46,7 @@ class Answer:
         self._splitter = Splitter()
         self.seen: list[Seen] = []
         self._is_error = False
+        self._is_whole_answer = False  # not an acknowledgement, whose answer comes on another stream
         self._passed_bytes = 0  # of a message too large to be held
         self._hash: hashlib._Hash | None = None
         self.mode = Mode.AS_IT_COMES
@@ -64,6 +65,7 @@ class Answer:
             elif name == b"content-encoding" and value.lower() != b"identity":
                 is_encoded = True
         is_json, is_stream = b"application/json" in kinds, b"text/event-stream" in kinds
+        self._is_whole_answer = status == 200
         if status >= 400:
             self._is_error = True
             is_stream, is_json = False, is_json and not is_encoded
@@ -80,17 +82,26 @@ class Answer:
         if self.mode is Mode.EVENTS:
             return self._events(piece)
         if self.mode is Mode.AS_IT_COMES:
-            return self._counted(piece) if self._hash is not None else piece
+            if self._hash is not None:
+                return self._counted(piece)
+            if piece and self._is_whole_answer and self._may_hold_lists():  # some client might look at no type
+                raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="content type")
+            return piece
         self._held += piece
         if len(self._held) <= MAX_HELD_BYTES:
             return b""
-        if isinstance(self._reader.permit.question.message.target, Listing):
+        if self._may_hold_lists() or self._reader.revision.is_modern:  # which asks the client in results
             raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_HELD_BYTES}")
         self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
         held = bytes(self._held)
         self._held.clear()
         self._hash = hashlib.sha256()
         return self._counted(held)
+
+    def _may_hold_lists(self) -> bool:
+        """Say whether the answer must be read to be passed: that of a listing, or of a batch, which may hold one."""
+        asked = self._reader.permit.question.message
+        return isinstance(asked.target, Listing) or asked.body.lstrip(b" \t\r\n")[:1] == b"["
 
     def end(self) -> bytes:
         """Return the rest, now that the response is complete; raises Refusal(UPSTREAM)."""

@@ -45,6 +45,10 @@ CONSUMED: Final = frozenset(
         b"traceparent",  # ours names our span as the parent
         b"x-forwarded-for",
         b"x-forwarded-client-cert",
+        b"x-http-method-override",  # these would have another request executed than the one that was judged
+        b"x-original-url",
+        b"x-real-ip",
+        b"x-rewrite-url",
     }
 )
 # The server's own challenge names another URL and other providers than the ones that are judged here.
@@ -75,6 +79,9 @@ IDENTITY: Final = frozenset(
         b"x-userinfo",
         b"x-id-token",
         b"x-access-token",
+        b"x-username",
+        b"x-apigateway-api-userinfo",
+        b"x-endpoint-api-userinfo",
         b"x-jwt-payload",
         b"x-jwt-assertion",
     }
@@ -91,7 +98,15 @@ IDENTITY_PREFIXES: Final = (
     b"x-auth-",  # request-user and its kin of oauth2-proxy and nginx
     b"x-authenticated-",
     b"x-authentik-",
-    b"x-remote-extra-",
+    b"x-remote-",
+    b"remote-",  # Authelia's
+    b"oidc-",  # mod_auth_openidc's
+    b"x-jwt-",
+    b"x-user-",
+    b"x-consumer-",  # Kong's
+    b"x-credential-",
+    b"x-forwarded-roles",
+    b"x-forwarded-tls-client-cert",
     b"x-webauth-",
     b"x-goog-authenticated-",
     b"x-goog-iap-",

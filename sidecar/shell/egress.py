@@ -109,6 +109,11 @@ class Outgoing(asyncio.Protocol):
     peer = None  # of the application: it is beside us
     streams = ()
 
+    @property
+    def is_busy(self) -> bool:
+        """Say whether a call is under way."""
+        return self._errand is not None
+
     def __init__(self, egress: Egress, client: str, address: tuple[str, int] | None, closed: asyncio.Event) -> None:
         """Serve *client*; *address* is where it was going (None: the name in each request says so)."""
         self.egress = egress
@@ -303,6 +308,9 @@ class Outgoing(asyncio.Protocol):
             transport, line = await asyncio.get_running_loop().create_connection(
                 lambda: Line(self), host, port, ssl=context
             )
+        if self._transport is None:
+            transport.abort()
+            raise ConnectionAbortedError("the application is gone")
         server = peer_of(transport)
         assert server is not None  # noqa: S101 - the handshake has proven it
         self._line, self._line_of, self._server = line, (route, context), server

@@ -102,7 +102,9 @@ class OAuthClient:
         if found is not None:
             return found
         try:
-            issued: Issued = await self._once(b"exchange", token, lambda: self._exchange(token, provider, identity))
+            issued: Issued = await self._once(
+                b"exchange %d" % self._generation, token, lambda: self._exchange(token, provider, identity)
+            )
         except OAuthError as error:
             log.warning("token not exchanged", extra={"provider": name, "error": str(error)})
             detail = f"exchange at {name}: {error}"

@@ -98,9 +98,11 @@ class Relayed(asyncio.Protocol):
             _hold(self._transport, hold=hold)
 
     def end(self) -> None:
-        """Close; the relay ends the process."""
+        """Close; the relay ends the process. What a process that reads nothing leaves unsent is dropped in the end."""
         if self._transport is not None:
             self._transport.close()
+            if self._transport.get_write_buffer_size():  # closing waits for it to be read
+                asyncio.get_running_loop().call_later(GRACE_S, self._transport.abort)
 
 
 class _Ear(asyncio.Protocol):

@@ -25,7 +25,7 @@ from sidecar.core.review import Seen
 from sidecar.core.workload import HEADER
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Batch, Memory, Observer, Snapshot, answered, judge, release, remember
+from sidecar.pipeline import Batch, Memory, Observer, Snapshot, answered, judge, release, remember, undo
 from sidecar.return_path import judge_ask, note, open_endpoint
 from sidecar.shell import tracing
 from sidecar.shell.streams import Stream
@@ -160,7 +160,12 @@ class Serving:
             self._refuse(exchange, requester, _fault())
 
     async def _resolve_and_admit(self, exchange: Exchange, requester: Requester, missing: Unresolved) -> None:
-        refusal = await self._resolve(missing)  # never raises: without an answer the second judgement refuses
+        try:
+            refusal = await self._resolve(missing)  # without an answer the second judgement refuses
+        except Exception:
+            # The last resort, as in `_admit`: this task is one of the process's root.
+            log.exception("asking a provider failed")
+            refusal = _fault()
         if requester.is_over:  # the client may have gone while we waited
             return
         if refusal is not None:
@@ -233,7 +238,7 @@ class Serving:
         if requester.is_over:
             return
         for each in exchanges:
-            release(each, self.memory)
+            undo(each, self.memory)
             each.refusal, each.admission = refusal, None
         requester.refuse(refusal if len(exchanges) == 1 else None)
 

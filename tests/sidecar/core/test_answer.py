@@ -11,7 +11,7 @@ from sidecar.core import answer as module
 from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Headers
 from sidecar.core.filters import Reader
-from sidecar.core.message import Message
+from sidecar.core.message import Message, parse_any
 from sidecar.core.ownership import tasks
 from sidecar.errors import Reason, Refusal
 from tests.builders import STREAM, a_call, a_permit, a_request
@@ -262,3 +262,24 @@ def test_a_long_result_passes_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> No
     assert passed == [b"", b"0123456789ab", b"cd", b""]
     assert answer.take() == []
     assert answer.passed == (14, hashlib.sha256(b"0123456789abcd").hexdigest())
+
+
+def test_a_batch_too_large_to_be_read_does_not_pass() -> None:
+    """A list could stand behind the first answer."""
+    batch = parse_any(b"[" + a_call() + b"," + a_request("tools/list", request_id=8) + b"]", "2025-03-26")
+    assert isinstance(batch, tuple)
+    first = batch[0]
+    assert isinstance(first, Message)
+    answer = an_answer(first)
+    answer.begin(200, JSON)
+
+    with pytest.raises(Refusal, match="too large"):
+        answer.feed(b"[" + b" " * module.MAX_HELD_BYTES)
+
+
+def test_a_list_of_another_type_does_not_pass() -> None:
+    """A client that looks at no type would read it all the same."""
+    answer = begun([(b"content-type", b"text/plain")], body=a_request("tools/list"))
+
+    with pytest.raises(Refusal, match="cannot be read"):
+        answer.feed(TWO)
