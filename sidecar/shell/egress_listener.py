@@ -8,7 +8,6 @@ only. Refuses a proxy's client that names no destination. RFC 9112, 3.2 (absolut
 import asyncio
 import contextlib
 import ipaddress
-import logging
 import re
 import socket
 import struct
@@ -16,10 +15,9 @@ from typing import Final
 
 from sidecar.core.egress import split_authority, target
 from sidecar.errors import Refusal
+from sidecar.shell.accepting import Accepting
 from sidecar.shell.egress import MAX_HEAD_BYTES, Egress, Outgoing
 from sidecar.shell.listener import SO_ORIGINAL_DST
-
-log = logging.getLogger(__name__)
 
 BACKLOG: Final = 512
 QUIET_S: Final = 1.0  # an application that says nothing first speaks another protocol, in which the server begins
@@ -41,48 +39,14 @@ class EgressListener:
         """Bind at once, so that `port` is known."""
         self._egress = egress
         self._is_redirected = is_redirected
-        self._places = asyncio.Semaphore(max_connections)
         self._loop = asyncio.get_running_loop()
-        self._sockets = _bind(port)
-        self.port: int = self._sockets[0].getsockname()[1]
+        sockets = _bind(port)
+        self.port: int = sockets[0].getsockname()[1]
+        self._accepting = Accepting(sockets, self._serve, max_connections=max_connections)
 
     async def run(self) -> None:
         """Accept until cancelled; what is open goes on until it ends."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for sock in self._sockets:
-                    tasks.create_task(self._accept(sock, tasks))
-        finally:
-            for sock in self._sockets:
-                sock.close()
-
-    async def _accept(self, listening: socket.socket, tasks: asyncio.TaskGroup) -> None:
-        while True:
-            await self._places.acquire()
-            try:
-                sock, address = await self._loop.sock_accept(listening)
-            except OSError as error:  # the client is gone again, or no descriptor is free
-                self._places.release()
-                log.warning("accept failed", extra={"error": str(error)})
-                await asyncio.sleep(0.01)
-                continue
-            tasks.create_task(self._open(sock, f"{address[0]}:{address[1]}"))
-
-    async def _open(self, sock: socket.socket, client: str) -> None:
-        is_taken = False
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            is_taken = await self._serve(sock, client)
-        except (OSError, TimeoutError, Refusal) as error:
-            log.debug("outbound connection refused", extra={"client": client, "error": str(error)})
-        except Exception:
-            # The last resort of one connection: its defect must not end the others, or the process.
-            log.exception("outbound connection failed", extra={"client": client})
-        finally:
-            if not is_taken:
-                sock.close()
-            self._places.release()
+        await self._accepting.run()
 
     async def _serve(self, sock: socket.socket, client: str) -> bool:
         """Serve *sock* until it is closed; say whether somebody else closes it."""

@@ -7,7 +7,6 @@ handshake); Linux netfilter, SO_ORIGINAL_DST.
 
 import asyncio
 import ipaddress
-import logging
 import socket
 import ssl
 import struct
@@ -15,10 +14,9 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.config import Capture
+from sidecar.shell.accepting import Accepting
 from sidecar.shell.inbound import Inbound
 from sidecar.shell.serving import Serving
-
-log = logging.getLogger(__name__)
 
 BACKLOG: Final = 512  # connections that wait in the kernel while all places are taken
 FIRST_BYTE_S: Final = 10.0  # a client that connects and says nothing gives its place back
@@ -45,68 +43,32 @@ class Listener:
         self._serving = serving
         self._capture = capture
         self._tls = tls
-        self._places = asyncio.Semaphore(max_connections)
         self._refused_port = refused_port
         self._loop = asyncio.get_running_loop()
-        self._sockets = _bind(host, port)
-        self.port: int = self._sockets[0].getsockname()[1]
+        sockets = _bind(host, port)
+        self.port: int = sockets[0].getsockname()[1]
+        self._accepting = Accepting(sockets, self._serve, max_connections=max_connections)
 
     async def run(self) -> None:
         """Accept until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for sock in self._sockets:
-                    tasks.create_task(self._accept(sock, tasks))
-        finally:
-            for sock in self._sockets:
-                sock.close()
+        await self._accepting.run()
 
-    async def _accept(self, listening: socket.socket, tasks: asyncio.TaskGroup) -> None:
-        while True:
-            await self._places.acquire()
-            try:
-                sock, address = await self._loop.sock_accept(listening)
-            except OSError as error:  # the client is gone again, or no descriptor is free
-                self._places.release()
-                log.warning("accept failed", extra={"error": str(error)})
-                await asyncio.sleep(0.01)
-                continue
-            tasks.create_task(self._open(sock, f"{address[0]}:{address[1]}"))
-
-    async def _open(self, sock: socket.socket, client: str) -> None:
-        """Serve *sock* until it is closed, then give its place back."""
-        closed = asyncio.Event()
-        is_taken = False
-        try:
-            is_taken = await self._hand_over(sock, client, closed)
-            if is_taken:
-                await closed.wait()
-        except (OSError, TimeoutError) as error:  # ssl.SSLError is one; certs/tls.py has counted it with its reason
-            log.debug("connection refused", extra={"client": client, "error": str(error)})
-        except Exception:
-            # The last resort of one connection: its defect must not end the others, or the process.
-            log.exception("connection failed", extra={"client": client})
-        finally:
-            if not is_taken:
-                sock.close()
-            self._places.release()
-
-    async def _hand_over(self, sock: socket.socket, client: str, closed: asyncio.Event) -> bool:
-        """Give *sock* to a protocol of its own; say whether it was taken."""
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    async def _serve(self, sock: socket.socket, client: str) -> bool:
+        """Give *sock* to a protocol of its own until it is closed; say whether it was taken."""
         if not self._is_ours(sock, client):
             return False
         first = await self._first_byte(sock)
         is_tls = first == TLS_HANDSHAKE
         if not first or (is_tls and self._tls is None):
             return False
+        closed = asyncio.Event()
         await self._loop.connect_accepted_socket(
             lambda: _Placed(self._serving, client, closed),
             sock,
             ssl=self._tls if is_tls else None,
             ssl_handshake_timeout=HANDSHAKE_S if is_tls else None,
         )
+        await closed.wait()
         return True
 
     def _is_ours(self, sock: socket.socket, client: str) -> bool:
