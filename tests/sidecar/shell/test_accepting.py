@@ -63,12 +63,11 @@ async def test_more_than_there_are_places_for_wait() -> None:
         await first_is_over.wait()
         return False
 
-    async with accepting(serve, max_connections=1) as port:
-        async with asyncio.timeout(5), asyncio.TaskGroup() as clients:
-            for _ in range(2):
-                clients.create_task(answer_of(port))
-            while not served:  # noqa: ASYNC110 - what is waited for is a list
-                await asyncio.sleep(0.01)
-            assert len(served) == 1
-            first_is_over.set()
+    async with accepting(serve, max_connections=1) as port, asyncio.timeout(5), asyncio.TaskGroup() as clients:
+        for _ in range(2):
+            clients.create_task(answer_of(port))
+        while not served:  # noqa: ASYNC110 - what is waited for is a list
+            await asyncio.sleep(0.01)
+        assert len(served) == 1
+        first_is_over.set()
     assert len(served) == 2
