@@ -15,6 +15,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.spire import Spire
+from tests.e2e.governed import Governed
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -43,6 +44,18 @@ def spire(cluster: Cluster) -> Spire:
     spire = Spire(cluster)
     spire.start()
     return spire
+
+
+@pytest.fixture(scope="session")
+def governed(cluster: Cluster, spire: Spire) -> Governed:
+    """Sidegate installed, two servers running in the namespace demo, then that namespace labelled and they restarted.
+
+    Shared by all modules: a test that takes something away brings it back.
+    """
+    governed = Governed(cluster, spire)
+    governed.install()
+    governed.label_and_restart()
+    return governed
 
 
 @pytest.fixture

@@ -5,15 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.cluster.cluster import Cluster, CommandError
 from tests.e2e.governed import Governed, container, deployment, resource, service, workload_image
-
-if TYPE_CHECKING:
-    from tests.cluster.spire import Spire
 
 pytestmark = pytest.mark.e2e
 
@@ -22,15 +19,6 @@ DUCKDB = "https://duckdb.demo.svc:8000/mcp"
 READ = ("list_tables", {})
 RUN = ("execute_query", {"sql": "SELECT 1"})
 DESTROY = ("execute_query", {"sql": "DROP TABLE customers", "destructive": True})
-
-
-@pytest.fixture(scope="module")
-def governed(cluster: Cluster, spire: Spire) -> Governed:
-    """Sidegate installed, two servers running, then the namespace labelled and the servers restarted."""
-    governed = Governed(cluster, spire)
-    governed.install()
-    governed.label_and_restart()
-    return governed
 
 
 def test_the_pod_comes_up_with_the_sidecar_first(governed: Governed) -> None:
