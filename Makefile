@@ -68,7 +68,7 @@ test: $(READY)
 	echo "test: parts"
 	$(BIN)/python -m tests.parts opa helm >/dev/null
 	echo "test: pytest"
-	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire and not real_provider" --ignore tests/e2e --cov --cov-report term:skip-covered
+	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire and not real_provider and not real_apiserver" --ignore tests/e2e --cov --cov-report term:skip-covered
 
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
@@ -77,7 +77,7 @@ e2e: $(READY)
 	  spiffe-csi-driver otelcol node-tools buildah busybox-root python-root node-root gcc-root java keycloak \
 	  kubernetes-mcp-server oidc-provider mcp-typescript-1.32 mcp-typescript-2.4 >/dev/null
 	echo "e2e: pytest"
-	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider" tests
+	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider or real_apiserver" tests
 
 policy-conformance: $(READY)
 	echo "policy-conformance: parts"
