@@ -81,6 +81,10 @@ class BadPolicy(WebhookError):  # noqa: N818 - same
         self.message = message
 
 
+class BadReports(WebhookError):  # noqa: N818 - same
+    """Another replica's reports cannot be read."""
+
+
 class KubeError(WebhookError):
     """The Kubernetes API refused or did not answer; *status* is 0 when there was no answer."""
 
