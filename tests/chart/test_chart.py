@@ -1,6 +1,7 @@
 """Requirements on the Helm chart: what it renders, what it refuses, and that it agrees with the code it starts."""
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from webhook.config import PREFIX, Settings
 from webhook.core import annotations, container, injection
 from webhook.core.resources import Selector
 
+FIRST_RELEASE = Path(__file__).parent / "first-release.yaml"
+CANARY = next(each for each in VALUES if each.stem == "canary")
 MINIMAL = next(each for each in VALUES if each.stem == "minimal")
 by_values = pytest.mark.parametrize("values", VALUES, ids=lambda values: values.stem)
 
@@ -94,6 +97,8 @@ def test_older_kubernetes_is_refused() -> None:
         ("webhook.timeoutSeconds=31", "/webhook/timeoutSeconds"),
         ("webhook.failurePolicy=Ignore", "'failurePolicy' not allowed"),
         ("logLevel=trace", "/logLevel"),
+        ("canary=perhaps", "/canary"),
+        ("canaries={next one}", "/canaries/0"),
         ("unheardOf=1", "'unheardOf' not allowed"),
     ],
 )
@@ -217,7 +222,7 @@ def test_a_namespace_is_governed_by_exactly_what_its_labels_say(values: Path) ->
     for label, glass, system in itertools.product(
         (None, "enabled", "enforced", "disabled"), (None, "allowed", "no"), systems
     ):
-        labels = {"kubernetes.io/metadata.name": "team"} | system
+        labels = {"kubernetes.io/metadata.name": "team", "sidegate.dev/revision": "next"} | system
         labels |= {injection.INJECTION_LABEL: label} if label else {}
         labels |= {injection.BREAK_GLASS_LABEL: glass} if glass else {}
         matching = {path.removeprefix("/mutate/") for path, selector in selectors.items() if selector.matches(labels)}
@@ -294,3 +299,85 @@ def test_the_uninstall_hook_can_delete_one_object() -> None:
     assert [(rule["verbs"], rule["resourceNames"]) for rule in role["rules"]] == [(["delete"], [name])]
     assert process["command"] == ["python", "-m", "webhook.shell.removal", name]
     assert process["image"] == pods(MINIMAL)[0]["containers"][0]["image"]
+
+
+@by_values
+def test_an_upgrade_that_reuses_old_values_renders_and_runs(values: Path, tmp_path: Path) -> None:
+    """`--reuse-values` keeps the defaults of the first release: what is newer has no value, and the code's default holds."""
+    old = tmp_path / "sidegate"
+    shutil.copytree(CHART, old)
+    shutil.copy(FIRST_RELEASE, old / "values.yaml")
+
+    done = helm("template", "sidegate", old, "--namespace", NAMESPACE, "--values", values)
+
+    assert done.returncode == 0, done.stderr
+    upgraded = [each for each in yaml.safe_load_all(done.stdout) if each["kind"] == "Deployment"]
+    (process,) = upgraded[0]["spec"]["template"]["spec"]["containers"]
+    set_ = {each["name"]: each.get("value", NAMESPACE) for each in process["env"]}
+    assert Settings.from_env(set_) == Settings.from_env(environment(values))
+
+
+def test_values_for_high_availability_fit_the_schema() -> None:
+    """The file that the chart brings for production renders, with a budget and a node for each replica."""
+    done = helm("template", "sidegate", CHART, "--values", MINIMAL, "--values", CHART / "values-ha.yaml")
+
+    assert done.returncode == 0, done.stderr
+    found = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+    assert found["Deployment"]["spec"]["replicas"] == 3
+    (rule,) = found["Deployment"]["spec"]["template"]["spec"]["affinity"]["podAntiAffinity"].values()
+    labels = found["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert rule[0]["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert "PodDisruptionBudget" in found
+
+
+def _takers(revision: str | None) -> list[str]:
+    """Return which of two releases side by side takes a namespace labelled with *revision*."""
+    labels = {"kubernetes.io/metadata.name": "team", injection.INJECTION_LABEL: "enabled"}
+    labels |= {"sidegate.dev/revision": revision} if revision else {}
+    releases = {
+        "first": ("sidegate", MINIMAL, "canaries={next}"),
+        "second": ("sidegate-next", CANARY, "canary=true"),
+    }
+    takers = []
+    for name, (release, values, setting) in releases.items():
+        done = helm("template", release, CHART, "--namespace", NAMESPACE, "--values", values, "--set", setting)
+        (webhooks,) = (
+            each["webhooks"]
+            for each in yaml.safe_load_all(done.stdout)
+            if each["kind"] == "MutatingWebhookConfiguration"
+        )
+        selectors = [msgspec.convert(each["namespaceSelector"], Selector) for each in webhooks]
+        takers += [name for selector in selectors if selector.matches(labels)]
+    return takers
+
+
+@pytest.mark.parametrize(
+    ("revision", "taker"), [(None, "first"), ("default", "first"), ("misspelt", "first"), ("next", "second")]
+)
+def test_each_namespace_belongs_to_one_of_two_versions(revision: str | None, taker: str) -> None:
+    """A canary takes what is labelled for it, the first release everything else: nothing is left ungoverned."""
+    assert _takers(revision) == [taker]
+
+
+def test_a_canary_brings_nothing_that_two_would_fight_over() -> None:
+    """Custom resources are judged, and governed pods registered, by the first release alone; names are its own."""
+    done = helm("template", "sidegate-next", CHART, "--namespace", "next", "--values", CANARY)
+    found = [(each["kind"], each["metadata"]["name"]) for each in yaml.safe_load_all(done.stdout)]
+
+    assert "ValidatingWebhookConfiguration" not in dict(found)
+    assert [name for kind, name in found if kind == "ClusterSPIFFEID"] == ["sidegate-next-control-plane"]
+    assert all(name.startswith("sidegate-next") for _, name in found)
+
+
+def test_the_chart_can_be_tried_after_the_installation() -> None:
+    """`helm test` tries pods in a labelled namespace of its own, with the right to create pods there and no other."""
+    hooks = [
+        each for each in manifests(MINIMAL) if each["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"
+    ]
+    found = {each["kind"]: each for each in hooks}
+    (process,) = found["Pod"]["spec"]["containers"]
+
+    assert found["Namespace"]["metadata"]["labels"][injection.INJECTION_LABEL] == "enabled"
+    assert found["Role"]["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["create"]}]
+    assert process["command"] == ["python", "-m", "webhook.shell.trial", found["Namespace"]["metadata"]["name"]]
+    assert set(found) == {"Namespace", "ServiceAccount", "Role", "RoleBinding", "Pod"}

@@ -92,9 +92,9 @@ class Kube:
                 return None
             raise
 
-    async def create(self, path: str, body: JSON) -> JSON:
-        """Return the object as created below *path*. Raises KubeError; status 409 when it exists."""
-        return await self._call("POST", path, body=body)
+    async def create(self, path: str, body: JSON, *, dry_run: bool = False) -> JSON:
+        """Return the object as created below *path*, or as it would be. Raises KubeError; status 409 when it exists."""
+        return await self._call("POST", path, {"dryRun": "All"} if dry_run else None, body=body)
 
     async def replace(self, path: str, body: JSON) -> JSON:
         """Return the object as replaced. Raises KubeError; status 409 when it has changed since *body* was read."""

@@ -31,6 +31,27 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- append .Values.excludedNamespaces .Release.Namespace | uniq | toJson }}
 {{- end }}
 
+{{/* Of two versions side by side each namespace belongs to one. */}}
+{{- define "sidegate.revisionSelector" -}}
+{{- if .Values.canary -}}
+- {key: sidegate.dev/revision, operator: In, values: [{{ .Values.revision | quote }}]}
+{{- else if .Values.canaries -}}
+- {key: sidegate.dev/revision, operator: NotIn, values: {{ toJson .Values.canaries }}}
+{{- end }}
+{{- end }}
+
+{{/* The control plane's settings. One without a value is left to the code's default: `helm upgrade --reuse-values` knows no
+     values that are newer than the release. Call with a dict of names and values. */}}
+{{- define "sidegate.environment" -}}
+{{- range $name, $value := . }}
+{{- if kindIs "float64" $value }}
+- {name: SIDEGATE_{{ $name }}, value: {{ int64 $value | quote }}}
+{{- else if not (kindIs "invalid" $value) }}
+- {name: SIDEGATE_{{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* The control plane and sidecars have identities of one form. */}}
 {{- define "sidegate.spiffeID" -}}
 spiffe://{{ .Values.spiffe.trustDomain }}/ns/{{ .Release.Namespace }}/sa/{{ include "sidegate.fullname" . }}
