@@ -34,7 +34,9 @@ NO_IDENTITY_S: Final = 0.5  # between looks for our own SVID, which costs nobody
 REFUSED_S: Final = 300.0  # after that a refused bundle is tried again: the compiler may have had no time
 HELD_S: Final = 1.0  # a server that says "not modified" sooner does not hold requests, and is asked every POLL_S
 LAST_GOOD: Final = "bundle.tar.gz"
-MAX_TEXT_BYTES: Final = 256  # of an error that the control plane answers with
+MAX_TEXT_BYTES: Final = 256  # of an error that the control plane answers with, and of one that it is told
+REVISION_HEADER: Final = "Sidegate-Bundle-Revision"  # of each question: what is in force
+ERROR_HEADER: Final = "Sidegate-Bundle-Error"  # why the last bundle offered is not
 
 
 class PullError(Exception):
@@ -77,7 +79,8 @@ class BundleSource:
         self._path = Path(settings.bundle_dir) / LAST_GOOD if settings.bundle_dir else None
         self._etag: str | None = None
         self._digest: bytes | None = None  # of the last bundle that was judged
-        self._refused = ""  # why that one was not put in force
+        self._revision = ""  # in force
+        self._refused = ""  # why the last one offered was not put in force
         self._refused_at_s = 0.0  # monotonic
         self._confirmed_at_s: float | None = None  # Unix time: it must outlive the process
         self.detail = "not asked yet"
@@ -114,7 +117,7 @@ class BundleSource:
                 await _pause(min(RETRY_S[1], wait_s))
                 continue
             failures = 0
-            self.detail = self._refused or "confirmed"
+            self.detail = f"bundle refused: {self._refused}" if self._refused else "confirmed"
             if not changed and time.monotonic() - asked_s < HELD_S:
                 await _pause(POLL_S)
 
@@ -125,6 +128,10 @@ class BundleSource:
         headers = {"Prefer": f"modes=snapshot;wait={POLL_S}", "Accept-Encoding": "identity"}
         if self._etag is not None:
             headers["If-None-Match"] = self._etag
+        if self._revision:
+            headers[REVISION_HEADER] = _header_text(self._revision)
+        if self._refused:
+            headers[ERROR_HEADER] = _header_text(self._refused)
         try:
             context = self._client.context(self._expected)
         except CertsError as error:
@@ -161,7 +168,7 @@ class BundleSource:
             try:
                 await self._put_in_force(data)
             except BundleError as error:
-                self._refused, self._refused_at_s = f"bundle refused: {error}", time.monotonic()
+                self._refused, self._refused_at_s = str(error), time.monotonic()
                 log.error("bundle refused", extra={"error": str(error), "etag": self._etag})  # noqa: TRY400 - not ours
                 return True
             self._refused = ""
@@ -176,6 +183,7 @@ class BundleSource:
         if (server.namespace, server.workload) != (settings.namespace, settings.workload):
             raise BundleError(f"sidegate.json: made for {server.namespace}/{server.workload}")
         await self._activate(bundle)
+        self._revision = bundle.revision
 
     async def _start_from_disk(self) -> None:
         if self._path is None or not self._path.exists():
@@ -214,6 +222,11 @@ class BundleSource:
 async def _pause(longest_s: float) -> None:
     """Wait at most *longest_s*; sidecars that started together must not ask together."""
     await asyncio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311 - not a secret
+
+
+def _header_text(text: str) -> str:
+    """Return *text* as a header field can carry it: short, printable, ASCII."""
+    return "".join(each if " " <= each <= "~" else "?" for each in text[:MAX_TEXT_BYTES])
 
 
 async def _read(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:

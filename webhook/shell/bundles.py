@@ -16,6 +16,7 @@ from aiohttp import web
 
 from certs.spiffe import TrustDomain
 from certs.tls import peer_of
+from webhook.core.reports import ERROR_HEADER, REVISION_HEADER, Reports
 from webhook.shell.metrics import Metrics
 
 MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
@@ -103,9 +104,17 @@ class BundleEndpoint:
     """The handler of `/v1/bundles/{pod}`."""
 
     def __init__(
-        self, bundles: Bundles, trust_domain: TrustDomain, metrics: Metrics, now: Callable[[], datetime] = utc_now
+        self,
+        bundles: Bundles,
+        trust_domain: TrustDomain,
+        metrics: Metrics,
+        now: Callable[[], datetime] = utc_now,
+        *,
+        reports: Reports | None = None,
     ) -> None:
+        """*reports* takes in what pods say of the bundles they have."""
         self._bundles = bundles
+        self._reports = Reports() if reports is None else reports
         self._trust_domain = trust_domain
         self._metrics = metrics
         self._now = now
@@ -124,6 +133,13 @@ class BundleEndpoint:
         pod, service_account = self._caller(request)
         wait_s = _wait_s(request.headers.get("Prefer", ""))
         known = request.headers.get("If-None-Match", "").strip().strip('"')
+        self._entry(pod, service_account)  # who may not ask has nothing to report
+        self._reports.note(
+            pod,
+            request.headers.get(REVISION_HEADER, ""),
+            request.headers.get(ERROR_HEADER, ""),
+            self._now().timestamp(),
+        )
         try:
             async with asyncio.timeout(wait_s):
                 while True:

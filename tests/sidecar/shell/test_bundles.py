@@ -199,6 +199,40 @@ async def test_new_bundle_comes_as_soon_as_it_is_published() -> None:
         await eventually(lambda: sidecar.numbers == [1, 2], what="second bundle")
 
 
+async def test_each_question_reports_what_is_in_force_and_what_was_refused() -> None:
+    """The control plane learns at once that a bundle is enforced, or why it is not."""
+    plane, sidecar = FakeControlPlane(), Sidecar()
+    sidecar.refuses = {2}
+    async with _pulling(plane, sidecar):
+        await eventually(lambda: len(plane.asked) == 2, what="first report")
+        plane.publish(a_bundle(2), '"2"')
+        await eventually(lambda: len(plane.asked) == 3, what="report of the refusal")
+        plane.publish(a_bundle(3), '"3"')
+        await eventually(lambda: len(plane.asked) == 4, what="report of the third")
+
+    said = [
+        (each.headers.get("Sidegate-Bundle-Revision"), each.headers.get("Sidegate-Bundle-Error"))
+        for each in plane.asked
+    ]
+    first, third = sidecar.revisions
+    assert said == [(None, None), (first, None), (first, "policy.wasm: does not load"), (third, None)]
+
+
+async def test_report_is_printable_and_short() -> None:
+    """A reason may quote what was in the bundle: no header is to be broken by it."""
+    plane = FakeControlPlane()
+
+    async def refuse(_bundle: Bundle) -> None:
+        raise BundleError("é\r\nX: y" + "z" * 1000)
+
+    sidecar = Sidecar()
+    sidecar.activate = refuse  # type: ignore[method-assign]
+    async with _pulling(plane, sidecar):
+        await eventually(lambda: len(plane.asked) == 2, what="report")
+
+    assert plane.asked[1].headers["Sidegate-Bundle-Error"] == "???X: y" + "z" * 249
+
+
 async def test_server_with_another_identity_gives_no_bundle() -> None:
     """A verified workload of the same trust domain is not the control plane."""
     plane, sidecar = FakeControlPlane(spiffe_id=POD), Sidecar()

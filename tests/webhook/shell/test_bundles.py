@@ -14,6 +14,7 @@ from certs.embedded import EmbeddedDomain
 from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.svid import X509Snapshot
 from certs.tls import ClientCertificate, MutualClient, MutualServer
+from webhook.core.reports import Reports
 from webhook.shell.bundles import MEDIA_TYPE, BundleEndpoint, Bundles, Published
 from webhook.shell.metrics import Metrics
 
@@ -41,13 +42,20 @@ class Plane:
     def __init__(self) -> None:
         self.bundles = Bundles()
         self.metrics = Metrics()
+        self.reports = Reports()
         self.ahead = timedelta()
         self.port = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Plane"]:
         """Serve on a free port."""
-        endpoint = BundleEndpoint(self.bundles, OURS.trust_domain, self.metrics, lambda: datetime.now(UTC) + self.ahead)
+        endpoint = BundleEndpoint(
+            self.bundles,
+            OURS.trust_domain,
+            self.metrics,
+            lambda: datetime.now(UTC) + self.ahead,
+            reports=self.reports,
+        )
         server = MutualServer(client_certificate=ClientCertificate.OPTIONAL)
         server.follow(snapshot(OURS, CONTROL_PLANE))
         application = web.Application()
@@ -126,6 +134,18 @@ async def test_other_workload_gets_nothing(plane: Plane, caller: str, status: in
     assert got == status
     assert said in body.decode()
     assert f'sidegate_bundle_requests_total{{status="{status}"}} 1.0' in plane.metrics.render().decode()
+
+
+async def test_what_a_pod_reports_is_noted_for_that_pod_alone(plane: Plane) -> None:
+    """With its question; what others say of it is not heard."""
+    said = {"Sidegate-Bundle-Revision": "r0", "Sidegate-Bundle-Error": "policy.wasm: does not load"}
+    await plane.ask(headers=said)
+    await plane.ask(SpiffeId.parse("spiffe://a.test/ns/payments/sa/other"), headers={"Sidegate-Bundle-Revision": "x"})
+    heard = plane.reports.alive(datetime.now(UTC).timestamp())
+
+    assert {pod: (each.revision, each.error) for pod, each in heard.items()} == {
+        POD: ("r0", "policy.wasm: does not load")
+    }
 
 
 async def test_federated_namesake_gets_nothing(plane: Plane) -> None:
