@@ -1,7 +1,7 @@
 """What sidecars report with every question for their bundle: the revision in force, and why the last one offered was refused.
 
 A report is a pod's own word, carried by its SVID: it counts for that pod alone, is cut to what fits, and is forgotten
-when the pod has not asked for two and a half long polls. Replicas exchange theirs (`encode`, `decode`, `newest`), since
+when the pod has not asked for three times the 30 s of a sidecar's long poll. Replicas exchange theirs (`encode`, `decode`, `newest`), since
 each hears only the pods that ask it. Refuses reports of peers that it cannot read.
 """
 
@@ -15,7 +15,7 @@ from webhook.errors import BadReports
 
 REVISION_HEADER: Final = "Sidegate-Bundle-Revision"
 ERROR_HEADER: Final = "Sidegate-Bundle-Error"
-EXPIRY_S: Final = 150.0  # two and a half long polls of 60 s
+EXPIRY_S: Final = 90.0  # three long polls of a sidecar
 MAX_PODS: Final = 50_000  # the oldest go first; some 300 B each
 MAX_REVISION: Final = 128
 MAX_ERROR: Final = 256

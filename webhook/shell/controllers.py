@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from webhook.core.resources import (
     PolicySpec,
     ServerProfileSpec,
 )
+from webhook.core.status import Held, PodState, Source, selecting
 from webhook.errors import BadPolicy, BadResource, Denial
 from webhook.shell.admission import NotReady
 from webhook.shell.bundles import Bundles, PodKey, Published
@@ -54,35 +55,55 @@ def path_of(kind: Kind) -> str:
 
 
 class Catalogue:
-    """The custom resources as last seen. Mutated by `apply` alone."""
+    """The custom resources as last seen, by kind, namespace and name. Mutated by `apply` alone."""
 
     def __init__(self) -> None:
-        self._decoded: dict[str, dict[Key, Any]] = {}
+        self._held: dict[str, dict[str, dict[str, Held]]] = {}
 
     @property
     def is_complete(self) -> bool:
         """Whether every kind was listed at least once."""
-        return len(self._decoded) == len(resources.KINDS)
+        return len(self._held) == len(resources.KINDS)
 
     @property
     def broken(self) -> int:
         """How many resources cannot be read."""
-        return sum(isinstance(each, BadResource) for kind in self._decoded.values() for each in kind.values())
+        return sum(isinstance(each.spec, BadResource) for _, each in self.all())
+
+    def all(self) -> Iterator[tuple[Source, Held]]:
+        """Yield everything."""
+        for kind, namespaces in self._held.items():
+            for namespace, names in namespaces.items():
+                for name, each in names.items():
+                    yield (kind, namespace, name), each
+
+    def visible(self, namespace: str) -> Iterator[tuple[Source, Held]]:
+        """Yield what pods of *namespace* may be selected by: its own resources and the cluster's."""
+        for kind, namespaces in self._held.items():
+            for where in (namespace, ""):
+                for name, each in namespaces.get(where, {}).items():
+                    yield (kind, where, name), each
 
     def apply(self, kind: Kind, change: Change) -> frozenset[str]:
-        """Take *change* in; returns the namespaces it touches, "" for all of them."""
-        known = self._decoded.setdefault(kind.name, {})
+        """Take *change* in; returns the namespaces it touches, "" for all of them. A new status alone touches none."""
+        known = self._held.setdefault(kind.name, {})
         match change:
             case Listed(items):
-                fresh = {_key(item): _decoded(kind, item) for item in items}
-                touched = {key for key in known.keys() | fresh.keys() if known.get(key) != fresh.get(key)}
-                self._decoded[kind.name] = fresh
+                fresh = {_key(item): item for item in items}
+                gone = [(where, name) for where, names in known.items() for name in names if (where, name) not in fresh]
             case Put(item):
-                touched, known[_key(item)] = {_key(item)}, _decoded(kind, item)
+                fresh, gone = {_key(item): item}, []
             case Gone(item):
-                touched = {_key(item)}
-                known.pop(_key(item), None)
-        return frozenset(namespace for namespace, _ in touched)
+                fresh, gone = {}, [_key(item)]
+        touched = {where for where, name in gone if known.get(where, {}).pop(name, None)}
+        for (where, name), item in fresh.items():
+            names = known.setdefault(where, {})
+            before, names[name] = names.get(name), _held(kind, item)
+            if before is None or _meaning(before) != _meaning(names[name]):
+                touched.add(where)
+                if isinstance(names[name].spec, BadResource):
+                    log.error("resource cannot be used", extra={"error": str(names[name].spec)})
+        return frozenset(touched)
 
     def namespace(self, name: str) -> NamespaceResources:
         """Return the resources of the namespace. Raises BadResource when one of them cannot be read.
@@ -109,13 +130,11 @@ class Catalogue:
 
     def _in(self, kind: Kind, namespace: str, spec: type[resources.Spec]) -> dict[str, resources.Spec]:
         found: dict[str, resources.Spec] = {}
-        for (where, name), each in self._decoded.get(kind.name, {}).items():
-            if where != namespace:
-                continue
-            if isinstance(each, BadResource):
-                raise each
-            if isinstance(each, spec):
-                found[name] = each
+        for name, each in self._held.get(kind.name, {}).get(namespace, {}).items():
+            if isinstance(each.spec, BadResource):
+                raise each.spec
+            if isinstance(each.spec, spec):
+                found[name] = each.spec
         return found
 
 
@@ -124,12 +143,17 @@ def _key(item: JSON) -> Key:
     return metadata.get("namespace", ""), metadata["name"]
 
 
-def _decoded(kind: Kind, item: JSON) -> Any:
+def _held(kind: Kind, item: JSON) -> Held:
+    generation, status = item["metadata"].get("generation", 0), item.get("status") or {}
     try:
-        return resources.decode(kind, item, kind.spec)
+        return Held(resources.decode(kind, item, kind.spec), generation, status)
     except BadResource as error:
-        log.error("resource cannot be used", extra={"error": str(error)})  # noqa: TRY400 - the text says it all
-        return error
+        return Held(error, generation, status)
+
+
+def _meaning(held: Held) -> Any:
+    """Return what two versions of a resource are compared by: exceptions are equal to themselves only."""
+    return str(held.spec) if isinstance(held.spec, BadResource) else held.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +185,8 @@ class Controller:
         self._pods: dict[PodKey, Tracked] | None = None
         self._dirty: set[PodKey] = set()
         self._failing: dict[PodKey, str] = {}
+        self._states: dict[PodKey, PodState] = {}  # of pods that nothing has changed for since
+        self._sources: dict[PodKey, tuple[Source, ...]] = {}
         self._compiled: OrderedDict[str, Published] = OrderedDict()
         self._wake = asyncio.Event()
 
@@ -174,6 +200,20 @@ class Controller:
         if not self._catalogue.is_complete:
             raise NotReady("the custom resources were not listed yet")
         return self._catalogue.profiles(namespace)
+
+    @property
+    def states(self) -> Mapping[PodKey, PodState]:
+        """What was made for each pod of the present resources; without those that are still to be compiled for."""
+        return self._states
+
+    @property
+    def sources(self) -> Mapping[PodKey, tuple[Source, ...]]:
+        """Which resources select each pod, as far as it was looked at."""
+        return self._sources
+
+    def resources(self) -> dict[Source, Held]:
+        """Return all custom resources as last seen."""
+        return dict(self._catalogue.all())
 
     async def run(self, kube: Kube) -> None:
         """Follow the cluster and compile, until cancelled."""
@@ -214,7 +254,8 @@ class Controller:
         known.update(seen)
         for pod in gone:
             known.pop(pod, None)
-            self._failing.pop(pod, None)
+            for known_of in (self._failing, self._states, self._sources):
+                known_of.pop(pod, None)
             self._bundles.forget(pod)
         for pod, tracked in seen.items():
             self._bundles.track(pod, tracked.service_account)
@@ -245,15 +286,22 @@ class Controller:
         self._metrics.failing_pods.set(len(self._failing))
 
     async def _refresh(self, pod: PodKey, tracked: Tracked, failed: dict[str, str]) -> None:
+        labels = tracked.pod.labels if tracked.pod else {}
+        sources = self._sources[pod] = tuple(selecting(labels, pod[0], self._catalogue.visible(pod[0])))
         try:
-            self._bundles.publish(pod, await self._published(self._effective(pod, tracked), failed))
+            published = await self._published(self._effective(pod, tracked), failed)
         except (BadResource, BadPolicy, Denial) as error:
             self._bundles.fail(pod, str(error))
+            state = PodState(sources, "", str(error))
             if self._failing.get(pod) != str(error):
                 self._failing[pod] = str(error)
                 log.error("bundle not renewed", extra={"pod": "/".join(pod), "error": str(error)})  # noqa: TRY400
         else:
+            self._bundles.publish(pod, published)
             self._failing.pop(pod, None)
+            state = PodState(sources, published.revision)
+        if pod in (self._pods or {}) and pod not in self._dirty:  # neither gone nor changed again meanwhile
+            self._states[pod] = state
 
     def _effective(self, pod: PodKey, tracked: Tracked) -> Effective:
         """Return what *pod* gets. Raises BadResource, Denial."""
@@ -291,7 +339,10 @@ class Controller:
         return published
 
     def _mark(self, dirty: Iterable[PodKey]) -> None:
+        dirty = list(dirty)
         self._dirty.update(dirty)
+        for pod in dirty:
+            self._states.pop(pod, None)
         self._wake.set()
 
 
