@@ -30,11 +30,12 @@ from sidecar.shell.bundles import BundleSource
 from sidecar.shell.credentials import Credentials, Signer
 from sidecar.shell.egress import Egress
 from sidecar.shell.egress_listener import EgressListener
-from sidecar.shell.health import Health, decode_probes
+from sidecar.shell.health import Health
 from sidecar.shell.lifetimes import Lifetimes
 from sidecar.shell.listener import Listener
 from sidecar.shell.metrics import Metrics
 from sidecar.shell.oauth import OAuthClient
+from sidecar.shell.probes import decode as decode_probes
 from sidecar.shell.providers import Providers
 from sidecar.shell.secrecy import forbid_dumps
 from sidecar.shell.serving import Serving

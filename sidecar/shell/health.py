@@ -1,55 +1,17 @@
 """Health, metrics, the kubelet's probes of the application, and the public key of identity headers, on a port of their own.
 
-Answers nothing else: it is open to the whole pod network. The application's probes are those that the webhook recorded
-at admission, never a path from the request. Kubernetes probes: KEP-753 (a native sidecar's startup probe gates the
-application), KEP-2727 (gRPC).
+Answers nothing else: it is open to the whole pod network. The application's probes and hooks are those that the webhook
+recorded at admission (probes.py), never a path from the request; a hook acts, and takes a token that only the pod's
+specification tells. Source: KEP-753 (a native sidecar's startup probe gates the application).
 """
 
-import asyncio
+import hmac
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
-import aiohttp
-import msgspec
 from aiohttp import web
 
-from sidecar.errors import ConfigError
-
-PROBE_TIMEOUT_S: Final = 1.0  # the kubelet's own default
-
-
-class HttpHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """A header that the probe sends."""
-
-    name: str
-    value: str
-
-
-class HttpGet(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What the kubelet would have asked; its port, which can be a name, was resolved at admission."""
-
-    path: str = "/"
-    scheme: str = "HTTP"
-    http_headers: tuple[HttpHeader, ...] = ()
-
-
-class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """One recorded probe: an HTTP request, or else a connection."""
-
-    port: int
-    timeout_s: float = PROBE_TIMEOUT_S
-    http_get: HttpGet | None = msgspec.field(default=None, name="httpGet")
-
-
-Probes = Mapping[str, Mapping[str, Probe]]  # container -> kind of probe -> probe
-
-
-def decode_probes(text: str) -> Probes:
-    """Return the recorded probes; raises ConfigError."""
-    try:
-        return msgspec.json.decode(text.encode(), type=dict[str, dict[str, Probe]])
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"SIDEGATE_PROBES: {error}") from error
+from sidecar.shell.probes import Probes, Unwell, perform
 
 
 class Health:
@@ -80,6 +42,7 @@ class Health:
         application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/identity/jwks.json", self._identity_keys)
         application.router.add_get("/app-health/{container}/{kind}", self._app_health)
+        application.router.add_get("/app-hook/{container}/{kind}/{token}", self._app_hook)
         return application
 
     async def _live(self, _: web.Request) -> web.Response:
@@ -107,28 +70,24 @@ class Health:
 
     async def _app_health(self, request: web.Request) -> web.Response:
         probe = self._probes.get(request.match_info["container"], {}).get(request.match_info["kind"])
-        if probe is None:
+        if probe is None or probe.token is not None:
             return web.Response(status=404, text="no such probe was recorded\n")
         try:
-            async with asyncio.timeout(probe.timeout_s):
-                status = await self._perform(probe)
-        except (OSError, TimeoutError, aiohttp.ClientError) as error:
-            return web.Response(status=503, text=f"{type(error).__name__}: {error}\n")
+            status = await perform(probe, self._upstream_host, user_agent=request.headers.get("User-Agent", ""))
+        except Unwell as error:
+            return web.Response(status=503, text=f"{error}\n")
         return web.Response(status=status)
 
-    async def _perform(self, probe: Probe) -> int:
-        """Return the HTTP status with which the application's answer is told."""
-        if probe.http_get is None:
-            _, writer = await asyncio.open_connection(self._upstream_host, probe.port)
-            writer.close()
-            return 200
-        get = probe.http_get
-        url = f"{get.scheme.lower()}://{self._upstream_host}:{probe.port}{get.path}"
-        # As the kubelet: no verification, no kept connection, a redirect is a success.
-        connector = aiohttp.TCPConnector(force_close=True, ssl=False)
-        headers = [(header.name, header.value) for header in get.http_headers]
-        async with (
-            aiohttp.ClientSession(connector=connector, auto_decompress=False) as session,
-            session.get(url, headers=headers, allow_redirects=False) as response,
-        ):
-            return 200 if 300 <= response.status < 400 else response.status
+    async def _app_hook(self, request: web.Request) -> web.Response:
+        """Perform a lifecycle hook. The kubelet takes every answer for success, so a failure is no answer."""
+        hook = self._probes.get(request.match_info["container"], {}).get(request.match_info["kind"])
+        if hook is None or hook.token is None:
+            return web.Response(status=404, text="no such hook was recorded\n")
+        if not hmac.compare_digest(hook.token.encode(), request.match_info["token"].encode()):
+            return web.Response(status=403, text="hooks act, and the whole pod network comes here: not without token\n")
+        try:
+            await perform(hook, self._upstream_host, user_agent=request.headers.get("User-Agent", ""))
+        except Unwell:
+            if request.transport is not None:
+                request.transport.abort()
+        return web.Response()

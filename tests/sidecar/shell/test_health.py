@@ -1,6 +1,5 @@
 """sidecar.shell.health: what is not well is said; the application's probes are those recorded, and no others."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,9 +9,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.errors import ConfigError
-from sidecar.shell.health import Health, decode_probes
-from tests.fakes import Heard, a_server, answers, response
+from sidecar.shell.health import Health
+from sidecar.shell.probes import decode
+from tests.fakes import a_server, answers, response
 
 Get = Callable[[str], Any]
 
@@ -22,7 +21,7 @@ async def a_health(probes: object = None, conditions: dict[str, str] | None = No
     """Serve health on a free port; gives a function from a path to status and text."""
     health = Health(
         upstream_host="127.0.0.1",
-        probes=decode_probes(json.dumps(probes or {})),
+        probes=decode(json.dumps(probes or {})),
         conditions=lambda: conditions or {},
         render_metrics=lambda: "# HELP x y\nx 1\n",
     )
@@ -93,65 +92,66 @@ async def test_nothing_else_is_answered(path: str, method: str, status: int) -> 
         assert (await get(path, method))[0] == status
 
 
+HTTP = {"httpGet": {"path": "/hz"}}
+TOKEN = "0123456789abcdef" * 2
+
+
+async def test_a_recorded_probe_is_performed() -> None:
+    """For anyone who asks: it tells no more than whether the application is well."""
+    async with (
+        a_server(answers(response(b"x", kind="text/plain"))) as (server, port),
+        a_health({"app": {"liveness": HTTP | {"port": port}}}) as get,
+    ):
+        assert (await get("/app-health/app/liveness"))[0] == 200
+    assert [heard.line for heard in server.heard] == [b"GET /hz HTTP/1.1"]
+
+
+async def test_a_failed_probe_says_why() -> None:
+    """`kubectl describe pod` shows it."""
+    async with a_server(answers()) as (_, port):
+        pass
+    async with a_health({"app": {"readiness": {"port": port}}}) as get:
+        status, text = await get("/app-health/app/readiness")
+
+    assert status == 503
+    assert "ConnectionRefusedError" in text
+
+
+async def test_a_hook_is_performed_for_its_token() -> None:
+    """The kubelet has it from the pod's specification."""
+    failing = response(b"x", kind="text/plain", status="500 Internal Server Error")  # success, as for the kubelet
+    async with (
+        a_server(answers(failing)) as (server, port),
+        a_health({"app": {"pre-stop": HTTP | {"port": port, "token": TOKEN}}}) as get,
+    ):
+        assert (await get(f"/app-hook/app/pre-stop/{TOKEN}"))[0] == 200
+    assert [heard.line for heard in server.heard] == [b"GET /hz HTTP/1.1"]
+
+
 @pytest.mark.parametrize(
-    ("upstream", "status"),
+    ("path", "status"),
     [
-        ("200 OK", 200),
-        ("204 No Content", 204),
-        ("302 Found", 200),
-        ("404 Not Found", 404),
-        ("503 Service Unavailable", 503),
+        ("/app-hook/app/pre-stop/guess", 403),
+        (f"/app-hook/app/pre-stop/{TOKEN[:-1]}\u00fc", 403),
+        ("/app-hook/app/pre-stop", 404),
+        ("/app-health/app/pre-stop", 404),
+        (f"/app-hook/app/post-start/{TOKEN}", 404),
+        (f"/app-hook/app/liveness/{TOKEN}", 404),
     ],
 )
-async def test_an_http_probe_is_told_as_the_application_answered(upstream: str, status: int) -> None:
-    """With the recorded path and headers; a redirect is a success, as for the kubelet."""
-    body = b"" if upstream.startswith("204") else b"x"
-    raw = response(body, status=upstream, kind="text/plain", headers=["location: http://192.0.2.1/"])
-    async with a_server(answers(raw)) as (server, port):
-        probe = {"port": port, "httpGet": {"path": "/hz?a=b", "httpHeaders": [{"name": "X-Probe", "value": "1"}]}}
-        async with a_health({"app": {"liveness": probe}}) as get:
-            told, _ = await get("/app-health/app/liveness")
-
-    assert told == status
-    (heard,) = server.heard
-    assert (heard.line, heard.values(b"x-probe")) == (b"GET /hz?a=b HTTP/1.1", [b"1"])
+async def test_a_hook_is_not_performed_without_its_token(path: str, status: int) -> None:
+    """It could stop the application, and the whole pod network comes here."""
+    async with a_server(answers()) as (server, port):
+        recorded = {"pre-stop": HTTP | {"port": port, "token": TOKEN}, "liveness": HTTP | {"port": port}}
+        async with a_health({"app": recorded}) as get:
+            assert (await get(path))[0] == status
+    assert server.heard == []
 
 
-async def test_a_tcp_probe_is_a_connection() -> None:
-    """That it can be made is the answer."""
-    async with a_server(answers()) as (_, port), a_health({"app": {"readiness": {"port": port}}}) as get:
-        open_status = (await get("/app-health/app/readiness"))[0]
-    async with a_health({"app": {"readiness": {"port": port}}}) as get:
-        closed_status = (await get("/app-health/app/readiness"))[0]
-
-    assert (open_status, closed_status) == (200, 503)
-
-
-async def test_a_probe_that_takes_too_long_has_failed() -> None:
-    """The kubelet's time-out is the probe's."""
-
-    async def hang(_: Heard, __: asyncio.StreamWriter) -> None:
-        """Say nothing."""
-
-    async with a_server(hang) as (_, port):
-        probe = {"port": port, "timeout_s": 0.05, "httpGet": {}}
-        async with a_health({"app": {"liveness": probe}}) as get:
-            assert (await get("/app-health/app/liveness"))[0] == 503
-
-
-async def test_an_answer_that_is_no_http_has_failed() -> None:
-    """It is the application's trouble, not ours."""
-    async with (
-        a_server(answers(b"SSH-2.0\r\n\r\n")) as (_, port),
-        a_health({"app": {"liveness": {"port": port, "httpGet": {}}}}) as get,
-    ):
-        assert (await get("/app-health/app/liveness"))[0] == 503
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"app":[]}', '{"app":{"liveness":{}}}', '{"app":{"liveness":{"port":"http"}}}']
-)
-def test_unreadable_probes_are_refused(text: str) -> None:
-    """At the start, by the name of the setting."""
-    with pytest.raises(ConfigError, match="SIDEGATE_PROBES"):
-        decode_probes(text)
+async def test_a_failed_hook_gets_no_answer() -> None:
+    """The kubelet takes any answer for success; a failed postStart has to stop the container."""
+    async with a_server(answers()) as (_, port):
+        pass
+    async with a_health({"app": {"post-start": HTTP | {"port": port, "token": TOKEN}}}) as get:
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await get(f"/app-hook/app/post-start/{TOKEN}")
