@@ -24,6 +24,19 @@ Host = Annotated[
 ]  # a name or address, with or without port
 Origin = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9+.-]*://[^/ ]+\Z", max_length=512)]  # as browsers write it
 JWT_BEARER = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+Detected = Literal[
+    "aws-key",
+    "google-key",
+    "github-token",
+    "gitlab-token",
+    "slack-token",
+    "private-key",
+    "jwt",
+    "credit-card",
+    "iban",
+    "email",
+    "us-ssn",
+]  # sidecar/core/detectors.py
 Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
 
 
@@ -176,6 +189,24 @@ class Audit(Record, frozen=True, kw_only=True):
     max_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 8192  # of each; more is cut, and said so
 
 
+class ContentRule(Record, frozen=True, kw_only=True):
+    """What may not be in what a call carries, and what happens where it is found."""
+
+    name: str  # as its author knows it, such as namespace/policy/rule
+    where: Literal["arguments", "results", "both"] = "both"  # what clients send; what the server says
+    tools: tuple[str, ...] = ()  # by exact name; empty: all tools, and prompts and resources as well
+    fields: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=256)], ...] = ()  # names, or JSON pointers
+    patterns: tuple[Detected, ...] = ()
+    regex: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None  # RE2
+    action: Literal["deny", "mask", "redact"] = "mask"  # redact: in audit and telemetry only
+    mode: Literal["enforce", "shadow"] = "enforce"  # shadow: counted, and nothing follows from it
+
+    def __post_init__(self) -> None:
+        """Refuse what finds nothing; raises ValueError, which decoding turns into its own error."""
+        if not (self.fields or self.patterns or self.regex):
+            raise ValueError("a content rule needs fields, patterns or regex")
+
+
 class Telemetry(Record, frozen=True, kw_only=True):
     """Where spans go, and whether they carry content."""
 
@@ -208,6 +239,7 @@ class Profile(Record, frozen=True, kw_only=True):
     limits: tuple[Limit, ...] = ()
     audit: Audit = Audit()
     telemetry: Telemetry = Telemetry()
+    content: Annotated[tuple[ContentRule, ...], msgspec.Meta(max_length=64)] = ()
     policies: tuple[PolicySet, ...] = ()
     agent: AgentRole | None = None  # in agent role; `server` is then the agent itself, and its port is not used
     denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown
