@@ -59,6 +59,11 @@ class Settings:
     webhook_configuration: str = setting_of(
         _filled, "Name of the MutatingWebhookConfiguration whose caBundle is kept up to date.", default="sidegate"
     )
+    lease: str = setting_of(
+        str,
+        "Name of the Lease whose holder writes the status of custom resources; empty: another installation does.",
+        default="sidegate",
+    )
     kubeconfig: str = setting_of(str, "Path of a kubeconfig file; empty: the pod's service account.", default="")
     listen_host: str = setting_of(str, "Address that all listeners bind.", default="::")
     admission_port: int = setting_of(port_number, "Port of the admission webhook.", default=10250)

@@ -132,7 +132,15 @@ def test_every_setting_can_be_made_by_values() -> None:
 def test_defaults_of_the_chart_are_those_of_the_code() -> None:
     """What is documented once must not differ in the other place."""
     read = Settings.from_env(environment(MINIMAL))
-    named_by_release = {"image", "control_plane_id", "service", "webhook_configuration", "ca_secret", "signing_secret"}
+    named_by_release = {
+        "image",
+        "control_plane_id",
+        "service",
+        "webhook_configuration",
+        "lease",
+        "ca_secret",
+        "signing_secret",
+    }
     differing = {
         name
         for name, each in Settings.__dataclass_fields__.items()
@@ -197,15 +205,22 @@ def test_rights_are_the_least(values: Path) -> None:
 
 
 def test_rights_cover_every_custom_resource() -> None:
-    """What the chart defines the control plane may read."""
+    """What the chart defines the control plane may read, and of that write the status alone."""
     defined = {yaml.safe_load(each.read_text())["spec"]["names"]["plural"] for each in (CHART / "crds").iterdir()}
     (readable,) = (
         set(rule["resources"])
         for rule in one(MINIMAL, "ClusterRole", "sidegate")["rules"]
-        if rule["apiGroups"] == [annotations.GROUP]
+        if rule["apiGroups"] == [annotations.GROUP] and "list" in rule["verbs"]
+    )
+    (written,) = (
+        rule
+        for rule in one(MINIMAL, "ClusterRole", "sidegate")["rules"]
+        if rule["apiGroups"] == [annotations.GROUP] and "list" not in rule["verbs"]
     )
 
     assert readable == defined
+    assert set(written["resources"]) == {f"{plural}/status" for plural in defined}
+    assert written["verbs"] == ["patch"]
 
 
 @by_values

@@ -30,11 +30,16 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """What was made for a pod of the present resources: the revision of its bundle, or the problem."""
+    """What was made for a pod of the present resources: the revision of its bundle, or the problem.
+
+    *is_profiles*: the problem lies with its profile. *notes* are for the profile's author.
+    """
 
     sources: tuple[Source, ...]
     revision: str
     problem: str = ""
+    is_profiles: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -46,6 +51,8 @@ class Tally:
     holding: int = 0
     built: int = 0  # a bundle was made of it
     failing: str = ""  # pod: why no bundle could be made for it
+    unusable: str = ""  # why its profile could not be used
+    notes: tuple[str, ...] = ()
     refused: str = ""  # pod: why its sidecar refused the bundle
     silent: str = ""  # a pod that enforces an older bundle, or says nothing
 
@@ -76,12 +83,20 @@ def selecting(labels: Mapping[str, str], namespace: str, held: Iterable[tuple[So
 
 
 def tally(
-    pods: Mapping[PodKey, tuple[Source, ...]], states: Mapping[PodKey, PodState], reports: Mapping[PodKey, Report]
+    pods: Mapping[PodKey, tuple[Source, ...]],
+    states: Mapping[PodKey, PodState],
+    reports: Mapping[PodKey, Report],
+    others: frozenset[PodKey] = frozenset(),
 ) -> dict[Source, Tally]:
-    """Return for each resource its pods: *pods* by what selects them, *states* of those that were compiled for."""
+    """Return for each resource its pods: *pods* by what selects them, *states* of those that were compiled for.
+
+    The pods of *others*, another installation's, count only if they report to us.
+    """
     tallies: dict[Source, Tally] = {}
     for pod, sources in pods.items():
         state, report = states.get(pod), reports.get(pod)
+        if report is None and pod in others:
+            continue
         is_built = state is not None and not state.problem
         is_holding = is_built and state is not None and report is not None and report.revision == state.revision
         for source in dict.fromkeys(sources):
@@ -92,6 +107,9 @@ def tally(
             found.pending += state is None
             found.built += is_built
             found.holding += is_holding
+            if state is not None and source[0] == resources.SERVER_PROFILE.name:
+                found.notes = found.notes or state.notes
+                found.unusable = found.unusable or (state.problem if state.is_profiles else "")
             if state is not None and not is_holding:
                 _explain(found, pod, state, report)
     return tallies
@@ -110,7 +128,7 @@ def _explain(found: Tally, pod: PodKey, state: PodState, report: Report | None) 
 def judge(held: Held, found: Tally, problem: str | None) -> tuple[Condition, ...] | None:
     """Return the conditions of a resource, None while it is too early to say.
 
-    *problem* says why the resource does not compile, None when that is not known; what was built did compile.
+    *problem* says why a policy does not compile, None when that is not known; what was built did compile.
     """
     if isinstance(held.spec, BadResource):
         message = str(held.spec)
@@ -123,13 +141,15 @@ def judge(held: Held, found: Tally, problem: str | None) -> tuple[Condition, ...
         return None
     if found.built:
         problem = ""
+    elif not isinstance(held.spec, resources.PolicySpec):
+        problem = found.unusable
     if problem is None:
         return None
     accepted = Condition(
         type="Accepted",
         status="True",
         reason="Selects" if found.selected else "SelectsNoPod",
-        message="selects injected pods" if found.selected else "no injected pod is selected",
+        message="; ".join(("selects injected pods" if found.selected else "selects no injected pod", *found.notes)),
     )
     if problem:
         return (
@@ -143,9 +163,7 @@ def judge(held: Held, found: Tally, problem: str | None) -> tuple[Condition, ...
 
 def _distributed(found: Tally) -> Condition:
     if not found.selected:
-        return Condition(
-            type="Distributed", status="Unknown", reason="SelectsNoPod", message="no injected pod is selected"
-        )
+        return Condition(type="Distributed", status="Unknown", reason="SelectsNoPod", message="selects no injected pod")
     if found.holding == found.selected:
         return Condition(
             type="Distributed", status="True", reason="AllPods", message=f"{counted(found)} pods enforce it"

@@ -9,7 +9,9 @@ once, calls are served for `linger_s` more, as API servers keep their connection
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
+import uuid
 from collections.abc import Mapping
 from typing import Final
 
@@ -18,20 +20,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from certs.errors import BadCertificate
 from certs.spiffe import SpiffeId
-from certs.tls import MutualServer, ServingServer
+from certs.tls import MutualClient, MutualServer, ServingServer
 from certs.workload import X509Source
 from webhook.config import Settings, defaults, template
 from webhook.core.container import Template
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON
+from webhook.core.reports import Reports
 from webhook.core.resources import ServerProfileSpec
 from webhook.errors import KubeError
 from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
 from webhook.shell.bundles import BundleEndpoint, Bundles
 from webhook.shell.controllers import Compile, Controller
 from webhook.shell.kube import Kube
+from webhook.shell.lease import Leadership
 from webhook.shell.metrics import CONTENT_TYPE, Metrics
+from webhook.shell.peers import PATH as REPORTS_PATH
+from webhook.shell.peers import Peers, ReportsEndpoint
 from webhook.shell.rotate import Rotation, Secrets, public_pem, signing_key
+from webhook.shell.status import Statuses
 from webhook.shell.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -57,7 +64,18 @@ class App:
         self._serving = ServingServer()
         self._mutual = MutualServer()
         self._source = X509Source(settings.spiffe_socket)
-        self._rotation = Rotation(kube, self._serving, settings)
+        self._rotation = Rotation(kube, self._serving, settings, metrics=self._metrics)
+        self._reports = Reports()
+        self._client = MutualClient()
+        host = socket.gethostname()  # the pod's name
+        self._leadership = Leadership(
+            kube,
+            self._metrics,
+            namespace=settings.namespace,
+            name=settings.lease,
+            identity=f"{host}_{uuid.uuid4().hex[:8]}",
+        )
+        self._peers = Peers(kube, self._client, settings, host)
         self._controller: Controller | None = None
         self._template: Template | None = None
         self._is_stopping = False
@@ -99,6 +117,8 @@ class App:
             running = [
                 tasks.create_task(self._source.run(), name="workload-api"),
                 tasks.create_task(self._rotation.run(), name="rotation"),
+                tasks.create_task(self._rotation.watch(lambda: self._leadership.leads), name="trust"),
+                tasks.create_task(self._leadership.run(), name="lease"),
                 tasks.create_task(self._control(), name="control"),
             ]
             self._source.subscribe(self._mutual.follow)
@@ -117,7 +137,19 @@ class App:
         key = await self._signing_key()
         self._controller = Controller(self._bundles, self._compile_files, key, defaults(self._settings), self._metrics)
         self._template = template(self._settings, self._version, public_pem(key))
-        await self._controller.run(self._kube)
+        statuses = Statuses(
+            self._kube,
+            self._controller,
+            self._leadership,
+            self._reports,
+            self._peers,
+            self._compile_files,
+            self._metrics,
+            self._settings.revision,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._controller.run(self._kube), name="controller")
+            tasks.create_task(statuses.run(), name="status")
 
     async def _signing_key(self) -> ec.EllipticCurvePrivateKey:
         secrets = Secrets(self._kube, self._settings.namespace)
@@ -134,7 +166,9 @@ class App:
         admission.router.add_post("/validate", Validation(self._compile_files, self._metrics).validate)
         bundles = self._application(client_max_size=0)
         trust_domain = SpiffeId.parse(self._settings.control_plane_id).trust_domain
-        bundles.router.add_get("/v1/bundles/{pod}", BundleEndpoint(self._bundles, trust_domain, self._metrics).get)
+        endpoint = BundleEndpoint(self._bundles, trust_domain, self._metrics, reports=self._reports)
+        bundles.router.add_get("/v1/bundles/{pod}", endpoint.get)
+        bundles.router.add_get(REPORTS_PATH, ReportsEndpoint(self._reports, self._settings.control_plane_id).get)
         health = self._application(client_max_size=0)
         health.router.add_get("/livez", self._livez)
         health.router.add_get("/healthz", self._livez)

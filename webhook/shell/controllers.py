@@ -163,6 +163,7 @@ class Tracked:
     service_account: str
     pod: Pod | None
     problem: str = ""
+    revision: str = ""  # of the control plane that injected it
 
 
 class Controller:
@@ -210,6 +211,10 @@ class Controller:
     def sources(self) -> Mapping[PodKey, tuple[Source, ...]]:
         """Which resources select each pod, as far as it was looked at."""
         return self._sources
+
+    def others(self, revision: str) -> frozenset[PodKey]:
+        """Return the pods that were injected by a control plane of another *revision*; it may be the one they ask."""
+        return frozenset(pod for pod, tracked in (self._pods or {}).items() if tracked.revision != revision)
 
     def resources(self) -> dict[Source, Held]:
         """Return all custom resources as last seen."""
@@ -289,17 +294,18 @@ class Controller:
         labels = tracked.pod.labels if tracked.pod else {}
         sources = self._sources[pod] = tuple(selecting(labels, pod[0], self._catalogue.visible(pod[0])))
         try:
-            published = await self._published(self._effective(pod, tracked), failed)
+            effective = self._effective(pod, tracked)
+            published = await self._published(effective, failed)
         except (BadResource, BadPolicy, Denial) as error:
             self._bundles.fail(pod, str(error))
-            state = PodState(sources, "", str(error))
+            state = PodState(sources, "", str(error), is_profiles=_is_profiles(error))
             if self._failing.get(pod) != str(error):
                 self._failing[pod] = str(error)
                 log.error("bundle not renewed", extra={"pod": "/".join(pod), "error": str(error)})  # noqa: TRY400
         else:
             self._bundles.publish(pod, published)
             self._failing.pop(pod, None)
-            state = PodState(sources, published.revision)
+            state = PodState(sources, published.revision, notes=effective.notes)
         if pod in (self._pods or {}) and pod not in self._dirty:  # neither gone nor changed again meanwhile
             self._states[pod] = state
 
@@ -346,11 +352,21 @@ class Controller:
         self._wake.set()
 
 
+def _is_profiles(error: Exception) -> bool:
+    """Say whether *error* is about what a pod's profile says, not about a policy or another resource."""
+    if isinstance(error, BadResource):
+        return error.resource == resources.SERVER_PROFILE.name or error.resource.startswith(
+            resources.IDENTITY_PROVIDER.name
+        )
+    return isinstance(error, Denial)
+
+
 def _tracked(item: JSON) -> Tracked:
     """Return what is kept of a pod: a few KB of the tens that it has."""
     service_account = str((item.get("spec") or {}).get("serviceAccountName") or "default")
+    revision = str((item["metadata"].get("labels") or {}).get(INJECTED))
     try:
         pods.read(item)
-        return Tracked(service_account, pods.read(patch.restore(item)))
+        return Tracked(service_account, pods.read(patch.restore(item)), revision=revision)
     except (Denial, ValueError) as error:
-        return Tracked(service_account, None, str(error))
+        return Tracked(service_account, None, str(error), revision)

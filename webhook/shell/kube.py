@@ -32,6 +32,7 @@ REWATCH_S: Final = 0.2  # a server that ends watches at once must not make us sp
 WATCH_S: Final = 240  # the server ends a watch after that; API servers themselves choose 5 to 10 minutes
 RETRY_MAX_S: Final = 30.0
 STRATEGIC_MERGE: Final = "application/strategic-merge-patch+json"
+JSON_MERGE: Final = "application/merge-patch+json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +105,34 @@ class Kube:
         """Return the object after a strategic merge, in which lists are merged by their keys. Raises KubeError."""
         return await self._call("PATCH", path, body=body, content_type=STRATEGIC_MERGE)
 
+    async def merge_object(self, path: str, body: JSON) -> JSON:
+        """Return the object after a merge (RFC 7396), in which lists are replaced. Raises KubeError."""
+        return await self._call("PATCH", path, body=body, content_type=JSON_MERGE)
+
+    async def list_all(self, path: str, selector: str = "") -> list[JSON]:
+        """Return the objects of the collection *path* with labels *selector*. Raises KubeError."""
+        items, _ = await self._list(path, {"labelSelector": selector})
+        return items
+
     async def delete(self, path: str) -> None:
         """Delete the object at *path*. Raises KubeError; status 404 when there is none."""
         await self._call("DELETE", path)
 
-    async def follow(self, path: str, selector: str = "") -> AsyncIterator[Change]:
+    async def follow(self, path: str, selector: str = "", *, name: str = "") -> AsyncIterator[Change]:
         """Yield all objects of the collection *path* with labels *selector*, then every change; never ends or raises.
 
-        After a break it goes on where it was; when that is too long ago, or after any other error, with a new list.
+        *name*: only the object of that name; who may watch no other must ask so. After a break it goes on where it was;
+        when that is too long ago, or after any other error, with a new list.
         """
+        chosen = {"labelSelector": selector} | ({"fieldSelector": f"metadata.name={name}"} if name else {})
         failures = 0
         version: str | None = None
         while True:
             try:
                 if version is None:
-                    listed, version = await self._list(path, selector)
+                    listed, version = await self._list(path, chosen)
                     yield Listed(listed)
-                async for kind, item in self._watch(path, selector, version):
+                async for kind, item in self._watch(path, chosen, version):
                     version = item["metadata"]["resourceVersion"]
                     failures = 0
                     if kind != "BOOKMARK":
@@ -133,9 +145,9 @@ class Kube:
                 log.warning("watch broken", extra={"path": path, "error": str(error), "retry_s": round(delay_s, 2)})
                 await asyncio.sleep(delay_s)
 
-    async def _list(self, path: str, selector: str) -> tuple[list[JSON], str]:
+    async def _list(self, path: str, chosen: Mapping[str, str]) -> tuple[list[JSON], str]:
         items: list[JSON] = []
-        query = {"labelSelector": selector, "limit": str(PAGE)}
+        query = {**chosen, "limit": str(PAGE)}
         while True:
             page = await self._call("GET", path, query)
             items.extend(page.get("items") or ())
@@ -143,9 +155,9 @@ class Kube:
                 return items, page["metadata"]["resourceVersion"]
             query = query | {"continue": page["metadata"]["continue"]}
 
-    async def _watch(self, path: str, selector: str, version: str) -> AsyncIterator[tuple[str, JSON]]:
+    async def _watch(self, path: str, chosen: Mapping[str, str], version: str) -> AsyncIterator[tuple[str, JSON]]:
         query = {
-            "labelSelector": selector,
+            **chosen,
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": version,

@@ -47,6 +47,23 @@ class Metrics:
             "sidegate_broken_resources", "Custom resources that cannot be read.", registry=self.registry
         )
 
+        self.leading = Gauge(
+            "sidegate_leading", "Whether this replica holds the Lease, and writes status.", registry=self.registry
+        )
+        self.reporting_pods = Gauge(
+            "sidegate_reporting_pods",
+            "Pods whose sidecars reported lately to any replica; known to the one that leads.",
+            registry=self.registry,
+        )
+        self.status_writes = Counter(
+            "sidegate_status_writes", "Written statuses of custom resources.", registry=self.registry
+        )
+        self.trust_repairs = Counter(
+            "sidegate_ca_bundle_writes",
+            "Webhook configurations whose caBundle was set, as it was another or none.",
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """Return the text exposition."""
         return generate_latest(self.registry)

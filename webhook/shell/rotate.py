@@ -6,6 +6,7 @@ and a write that comes second starts over from what the first one wrote. A failu
 
 import asyncio
 import base64
+import contextlib
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,7 @@ from webhook.core.pod import JSON
 from webhook.core.rotation import Authorities, Lifetimes, due, needs_leaf
 from webhook.errors import KubeError
 from webhook.shell.kube import Kube
+from webhook.shell.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +43,17 @@ class Rotation:
     """The serving certificate of one replica. Mutated by `step` alone."""
 
     def __init__(
-        self, kube: Kube, server: ServingServer, settings: Settings, now: Callable[[], datetime] = utc_now
+        self,
+        kube: Kube,
+        server: ServingServer,
+        settings: Settings,
+        now: Callable[[], datetime] = utc_now,
+        *,
+        metrics: Metrics | None = None,
     ) -> None:
         self._kube = kube
         self._server = server
+        self._metrics = metrics or Metrics()
         self._secrets = Secrets(kube, settings.namespace)
         self._service = {"name": settings.service, "namespace": settings.namespace}
         host = f"{settings.service}.{settings.namespace}.svc"
@@ -61,6 +70,7 @@ class Rotation:
         )
         self._now = now
         self._leaf: x509.Certificate | None = None
+        self._wake = asyncio.Event()
         self.is_trusted = False
         self.problem = "no certificate yet"
 
@@ -68,6 +78,18 @@ class Rotation:
     def leaf(self) -> x509.Certificate | None:
         """The certificate that is served."""
         return self._leaf
+
+    async def watch(self, leads: Callable[[], bool]) -> None:
+        """Step as soon as somebody changes a webhook configuration, if this replica *leads*; the others wait for theirs."""
+        async with asyncio.TaskGroup() as tasks:
+            for path in (self._configuration, self._validating):
+                tasks.create_task(self._watch(path, leads), name="configuration")
+
+    async def _watch(self, path: str, leads: Callable[[], bool]) -> None:
+        collection, _, name = path.rpartition("/")
+        async for _ in self._kube.follow(collection, name=name):
+            if leads():
+                self._wake.set()
 
     async def run(self) -> None:
         """Step for ever."""
@@ -79,7 +101,10 @@ class Rotation:
                 # Said in readiness while there is nothing to serve, in the log ever after.
                 self.problem = str(error)
                 log.error("certificate not renewed", extra={"error": self.problem})  # noqa: TRY400 - the text says it all
-            await asyncio.sleep(PERIOD_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PERIOD_S):
+                    await self._wake.wait()
+            self._wake.clear()
 
     async def step(self) -> None:
         """Bring Secret, caBundle and leaf up to date. Raises KubeError, BadCertificate."""
@@ -147,6 +172,7 @@ class Rotation:
         if stale:
             webhooks = [{"name": name, "clientConfig": {"caBundle": wanted}} for name in stale]
             await self._kube.merge(f"{path}?fieldManager={MANAGER}", {"webhooks": webhooks})
+            self._metrics.trust_repairs.inc()
             log.info("caBundle published", extra={"webhooks": stale})
         return bool(ours)
 

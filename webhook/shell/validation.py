@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE_S: Final = 4.0  # four fifths of what the API server gives us
 _KINDS: Final[Mapping[str, Kind]] = {kind.plural: kind for kind in resources.KINDS}
-_ANY: Final = Profile(server=Server(namespace="any", workload="any", name="any", port=1))
+ANY: Final = Profile(server=Server(namespace="any", workload="any", name="any", port=1))
 HINT: Final = "try it before: sidegate policy check DIRECTORY"
 
 
@@ -58,7 +58,7 @@ class Validation:
             spec = resources.decode(kind, review.object, kind.spec)
             if isinstance(spec, PolicySpec):
                 async with asyncio.timeout(DEADLINE_S):
-                    await self._compile_files([_policies(review.object, spec)], _ANY)
+                    await self._compile_files([alone(_name(review.object), spec)], ANY)
         except (BadResource, BadPolicy) as error:
             message = f"sidegate: {error}; {HINT}" if isinstance(error, BadPolicy) else f"sidegate: {error}"
             return {"allowed": False, "status": {"code": 422, "reason": "Invalid", "message": message}}
@@ -69,11 +69,15 @@ class Validation:
         return {"allowed": True}
 
 
-def _policies(item: JSON, spec: PolicySpec) -> Policies:
-    name = str((item.get("metadata") or {}).get("name") or "policy")
+def alone(name: str, spec: PolicySpec) -> Policies:
+    """Return what is compiled to try the policy *name* by itself."""
     return Policies(
         name=name,
         vocabulary=spec.vocabulary,
         cedar={f"{name}.cedar": spec.cedar} if spec.cedar else {},
         rego={f"{name}.rego": spec.rego} if spec.rego else {},
     )
+
+
+def _name(item: JSON) -> str:
+    return str((item.get("metadata") or {}).get("name") or "policy")

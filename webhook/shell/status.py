@@ -1,0 +1,176 @@
+"""Write what is so of each custom resource into its status, by the one replica that holds the Lease.
+
+Only what has changed is written, at most MAX_WRITES a step; mere counts of pods wait SETTLE_S after the last write of
+that resource, so that a roll-out of ten thousand pods is a few writes. A policy that no bundle proves to compile is
+compiled by itself, once for each generation, and is believed what its status says already.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import aiohttp
+
+from webhook.core import resources
+from webhook.core.conditions import find, merge
+from webhook.core.reports import Reports, newest
+from webhook.core.status import Held, Source, Tally, counted, judge, needs_trial, tally
+from webhook.errors import BadPolicy, KubeError
+from webhook.shell.bundles import utc_now
+from webhook.shell.controllers import Compile, Controller
+from webhook.shell.kube import Kube
+from webhook.shell.lease import Leadership
+from webhook.shell.metrics import Metrics
+from webhook.shell.peers import Peers
+from webhook.shell.validation import ANY, alone
+
+log = logging.getLogger(__name__)
+
+PERIOD_S: Final = 1.0
+PODS_PER_S: Final = 2000  # a step over ten thousand pods takes 20 ms, and is made every 6 s
+SETTLE_S: Final = 5.0
+ECHO_S: Final = 10.0  # until what was written is seen again; then it is written again
+MAX_WRITES: Final = 20  # a step
+MAX_TRIALS: Final = 4  # a step; each may take seconds
+TRIAL_TIMEOUT_S: Final = 10.0
+MANAGER: Final = "sidegate-status"
+_PLURALS: Final[Mapping[str, str]] = {kind.name: kind.plural for kind in resources.KINDS}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The last write of a resource's status, and when (Unix time)."""
+
+    status: Mapping[str, Any]
+    at_s: float
+
+
+class Statuses:
+    """Mutated by `step` alone."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        controller: Controller,
+        leadership: Leadership,
+        reports: Reports,
+        peers: Peers,
+        compile_files: Compile,
+        metrics: Metrics,
+        revision: str,
+    ) -> None:
+        self._revision = revision
+        self._kube = kube
+        self._controller = controller
+        self._leadership = leadership
+        self._reports = reports
+        self._peers = peers
+        self._compile_files = compile_files
+        self._metrics = metrics
+        self._written: dict[Source, Written] = {}
+        self._trials: dict[Source, tuple[int, str]] = {}  # generation, and what the compiler said
+
+    async def run(self) -> None:
+        """Step for ever."""
+        async with aiohttp.ClientSession() as session:
+            while True:
+                if self._leadership.leads and self._controller.is_synced:
+                    try:
+                        await self.step(session, utc_now())
+                    except KubeError as error:
+                        log.warning("status not written", extra={"error": str(error)})
+                else:
+                    self._written.clear()
+                await asyncio.sleep(PERIOD_S + len(self._controller.sources) / PODS_PER_S)
+
+    async def step(self, session: aiohttp.ClientSession, now: datetime) -> int:
+        """Write what is due; returns how many were written. Raises KubeError."""
+        heard = newest([self._reports.alive(now.timestamp()), *await self._peers.ask(session)])
+        self._metrics.reporting_pods.set(len(heard))
+        held = self._controller.resources()
+        tallies = tally(
+            self._controller.sources, self._controller.states, heard, self._controller.others(self._revision)
+        )
+        await self._try(held, tallies)
+        for source in (self._written.keys() | self._trials.keys()) - held.keys():
+            self._written.pop(source, None)
+            self._trials.pop(source, None)
+        written = 0
+        for source, each in held.items():
+            wanted = self._wanted(source, each, tallies.get(source, Tally()), now)
+            if wanted is None or written >= MAX_WRITES:
+                continue
+            await self._write(source, wanted, now)
+            written += 1
+        return written
+
+    def _wanted(self, source: Source, held: Held, found: Tally, now: datetime) -> Mapping[str, Any] | None:
+        """Return the status to write now, None when none is due."""
+        conditions = judge(held, found, self._problem(source, held))
+        if conditions is None:
+            return None
+        before = held.status.get("conditions") or []
+        wanted = {
+            "conditions": merge(before, conditions, held.generation, now),
+            "distributed": counted(found),
+        }
+        if wanted == {"conditions": before, "distributed": held.status.get("distributed")}:
+            return None
+        last = self._written.get(source)
+        if last is not None:
+            age_s = now.timestamp() - last.at_s
+            if age_s < ECHO_S and last.status == wanted:
+                return None
+            if age_s < SETTLE_S and _essence(last.status) == _essence(wanted):
+                return None
+        return wanted
+
+    def _problem(self, source: Source, held: Held) -> str | None:
+        """Return what the compiler said of a policy by itself, None when it was not asked about this generation."""
+        generation, problem = self._trials.get(source, (-1, ""))
+        return problem if generation == held.generation else None
+
+    async def _try(self, held: Mapping[Source, Held], tallies: Mapping[Source, Tally]) -> None:
+        """Compile by themselves the policies that no bundle proves to compile."""
+        tried = 0
+        for source in needs_trial(held, tallies):
+            each = held[source]
+            if self._problem(source, each) is not None or tried >= MAX_TRIALS:
+                continue
+            known = find(each.status.get("conditions") or (), "Compiled", each.generation)
+            if known is not None and known.get("status") in ("True", "False"):
+                self._trials[source] = (each.generation, "" if known["status"] == "True" else str(known["message"]))
+                continue
+            tried += 1
+            try:
+                async with asyncio.timeout(TRIAL_TIMEOUT_S):
+                    await self._compile_files([alone(source[2], each.spec)], ANY)
+            except BadPolicy as error:
+                self._trials[source] = (each.generation, str(error))
+            except (TimeoutError, OSError) as error:
+                log.warning("policy not compiled", extra={"policy": "/".join(source), "error": str(error) or "no time"})
+            else:
+                self._trials[source] = (each.generation, "")
+
+    async def _write(self, source: Source, status: Mapping[str, Any], now: datetime) -> None:
+        kind, namespace, name = source
+        where = f"namespaces/{namespace}/" if namespace else ""
+        path = f"/apis/sidegate.dev/{resources.VERSION}/{where}{_PLURALS[kind]}/{name}/status?fieldManager={MANAGER}"
+        self._written[source] = Written(status, now.timestamp())
+        try:
+            await self._kube.merge_object(path, {"status": dict(status)})
+        except KubeError as error:
+            if not error.status:
+                raise
+            if error.status != 404:  # deleted meanwhile
+                log.warning("status not written", extra={"resource": "/".join(source), "error": str(error)})
+        else:
+            self._metrics.status_writes.inc()
+
+
+def _essence(status: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Return what of *status* cannot wait: all but the counts."""
+    return [(each["type"], each["status"], each["observedGeneration"]) for each in status["conditions"]]
