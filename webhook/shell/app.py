@@ -122,6 +122,7 @@ class App:
                 tasks.create_task(self._control(), name="control"),
             ]
             self._source.subscribe(self._mutual.follow)
+            self._source.subscribe(self._client.follow)
             await self._listen(listeners)
             self.started.set()
             await stop.wait()
