@@ -107,6 +107,12 @@ class ApiServer:
                 raise ClusterError(f"no API server within {START_S} s; see the logs in {self.run_dir}")
             time.sleep(0.1)
 
+    def start_controllers(self, *names: str) -> None:
+        """Start kube-controller-manager with these controllers alone, such as the one that checks types of policies."""
+        access = [f"--{kind}kubeconfig={self.kubeconfig}" for kind in ("", "authentication-", "authorization-")]
+        limits = (f"--controllers={','.join(names)}", "--leader-elect=false", "--secure-port=0")
+        self._run("kube-controller-manager", part("kubernetes") / "kube-controller-manager", *access, *limits)
+
     def _arguments(self) -> list[str]:
         return [
             "--bind-address=127.0.0.1",
@@ -164,7 +170,11 @@ class ApiServer:
     def make_namespace(self, name: str, **labels: str) -> None:
         """A new namespace with its service account, in which pods can be created."""
         self.call("POST", "/api/v1/namespaces", {"metadata": {"name": name, "labels": labels}})
-        self.call("POST", f"/api/v1/namespaces/{name}/serviceaccounts", {"metadata": {"name": "default"}})
+        self.make_service_account(name, "default")
+
+    def make_service_account(self, namespace: str, name: str) -> None:
+        """One that pods can name."""
+        self.call("POST", f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": name}})
 
     def create_pod(self, namespace: str, pod: Mapping[str, Any], *, dry_run: bool = True) -> Answer:
         """Have a pod created, by default without storing it."""

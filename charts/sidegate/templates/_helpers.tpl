@@ -69,3 +69,18 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
+
+{{/* A list of strings as a CEL literal. */}}
+{{- define "sidegate.celList" -}}
+[{{ range $index, $each := . }}{{ if $index }}, {{ end }}'{{ $each }}'{{ end }}]
+{{- end }}
+
+{{/* The lines of a namespaceSelector: who asked to be governed. */}}
+{{- define "sidegate.governedNamespaces" -}}
+matchExpressions:
+  - {key: sidegate.dev/injection, operator: In, values: [enabled, enforced]}
+  - {key: kubernetes.io/metadata.name, operator: NotIn, values: {{ include "sidegate.excludedNamespaces" . }}}
+  {{- with include "sidegate.revisionSelector" . }}
+  {{- . | nindent 2 }}
+  {{- end }}
+{{- end }}
