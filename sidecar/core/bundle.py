@@ -1,7 +1,9 @@
 """Writes and reads a policy bundle: OPA's format, signed, the same bytes for the same content.
 
 Refuses a bundle whose signature, file list, names or sizes do not hold; one byte of doubt refuses it whole, and the
-last good one stays. Decides nothing about policies. Source: OPA documentation, "Bundles" and "Bundle signature".
+last good one stays. Decides nothing about policies. What OPA's format leaves to its users (`metadata` of the manifest)
+says which of two bundles is the newer, and which keys sign the next ones.
+Source: OPA documentation, "Bundles" and "Bundle signature".
 """
 
 import gzip
@@ -12,17 +14,13 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import jwt
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from jwt.algorithms import ECAlgorithm
-from jwt.utils import der_to_raw_signature
 
 from sidecar.core import profile as profiles
+from sidecar.core.keyring import MAX_ANNOUNCEMENTS, MAX_TERM, TYPE, Keyring, public_keys, sign
 from sidecar.errors import BundleError
 
 MANIFEST: Final = ".manifest"
@@ -38,8 +36,8 @@ REGO: Final = re.compile(r"(?:[^/]+/)*[^/]+\.rego")
 ALLOW: Final = "mcp/authz/allow"
 REASONS: Final = "mcp/authz/reasons"
 
-ALGORITHM: Final = "ES256"
-_PEM: Final = re.compile(r"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----", re.DOTALL)
+METADATA: Final = "sidegate"  # the member of the manifest's metadata that is ours
+__all__ = ["Bundle", "Limits", "Stamp", "decode", "encode", "public_keys", "renew", "revision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +50,30 @@ class Limits:
     files: int = 1024
 
 
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
+class Stamp:
+    """Which of two bundles is the newer: the later *term* of signing keys, then the higher *sequence*.
+
+    *sequence* is what the control plane had seen of the cluster when it made the bundle (webhook/core/sequence.py).
+    """
+
+    term: int = 0
+    sequence: int = 0
+    announcements: tuple[str, ...] = field(default=(), compare=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A verified bundle: *files* without manifest and signatures, by their path from the bundle's root."""
+    """A verified bundle: *files* without manifest and signatures, by their path from the bundle's root.
+
+    *keyring* is believed from now on, if this bundle is.
+    """
 
     revision: str
     files: Mapping[str, bytes]
     profile: profiles.Profile
+    stamp: Stamp = Stamp()
+    keyring: Keyring = Keyring(keys=())
 
     def cedar(self, path: str = "") -> dict[str, str]:
         """Return the Cedar policies of the set at *path* by file name; raises BundleError for what is not UTF-8."""
@@ -73,22 +88,6 @@ def _text(name: str, data: bytes) -> str:
         raise BundleError(f"{name}: not UTF-8: {error}") from error
 
 
-def public_keys(pem: str) -> tuple[ec.EllipticCurvePublicKey, ...]:
-    """Return the keys in *pem*, one block after the other; raises BundleError, also when there is none."""
-    keys: list[ec.EllipticCurvePublicKey] = []
-    for block in _PEM.findall(pem):
-        try:
-            key = serialization.load_pem_public_key(block.encode())
-        except (ValueError, UnsupportedAlgorithm) as error:
-            raise BundleError(f"bundle key: not a public key in PEM: {error}") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise BundleError("bundle key: only P-256 keys (ES256) are accepted")
-        keys.append(key)
-    if not keys:
-        raise BundleError("bundle key: no PEM block 'PUBLIC KEY' found")
-    return tuple(keys)
-
-
 def revision(files: Mapping[str, bytes]) -> str:
     """Return the name of this content: 16 hexadecimal digits of a hash over every name and content."""
     digest = hashlib.sha256()
@@ -98,35 +97,86 @@ def revision(files: Mapping[str, bytes]) -> str:
 
 
 def encode(
-    files: Mapping[str, bytes], key: ec.EllipticCurvePrivateKey, *, entrypoints: Sequence[str] = (ALLOW,)
+    files: Mapping[str, bytes],
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    entrypoints: Sequence[str] = (ALLOW,),
+    stamp: Stamp = Stamp(),
 ) -> bytes:
     """Return the bundle of *files*, signed with *key*; order of *files* and time do not matter.
 
-    *entrypoints* are those of policy.wasm. Every replica of the control plane makes the same bytes, so that a sidecar
-    that asks another one next time is told "not modified". Raises BundleError for a name that no bundle may hold.
+    *entrypoints* are those of policy.wasm. Every replica of the control plane makes the same bytes for the same *stamp*,
+    and the same revision for any. Raises BundleError for a name that no bundle may hold.
     """
     for name in files:
         _check_name(name)
     wasm = [{"entrypoint": entrypoint, "module": "/" + WASM} for entrypoint in entrypoints] if WASM in files else []
     manifest = {"revision": revision(files), "roots": [""], "rego_version": 1, "wasm": wasm}
+    return _sealed(files, manifest, key, stamp)
+
+
+def renew(data: bytes, key: ec.EllipticCurvePrivateKey, stamp: Stamp) -> bytes:
+    """Return the bundle *data*, which we made ourselves, with another *stamp* and a signature by *key*."""
+    files = dict(_unpack(data, Limits()))
+    manifest = json.loads(files.pop(MANIFEST))
+    del files[SIGNATURES]
+    return _sealed(files, manifest, key, stamp)
+
+
+def _sealed(
+    files: Mapping[str, bytes], manifest: dict[str, Any], key: ec.EllipticCurvePrivateKey, stamp: Stamp
+) -> bytes:
+    if stamp != Stamp() or stamp.announcements:
+        ours = {"term": stamp.term, "sequence": stamp.sequence, "announcements": stamp.announcements}
+        manifest = {**manifest, "metadata": {METADATA: ours}}
     signed = {**files, MANIFEST: json.dumps(manifest, sort_keys=True).encode()}
     hashed = [{"name": name, "hash": _hash(name, signed[name]), "algorithm": "SHA-256"} for name in sorted(signed)]
-    token = _SIGNER.encode(json.dumps({"files": hashed}, sort_keys=True).encode(), key, ALGORITHM)
+    token = sign(json.dumps({"files": hashed}, sort_keys=True).encode(), key)
     return _pack({**signed, SIGNATURES: json.dumps({"signatures": [token]}).encode()})
 
 
-def decode(data: bytes, keys: Sequence[ec.EllipticCurvePublicKey], limits: Limits = Limits()) -> Bundle:
-    """Return the bundle in *data* when one of *keys* signed it; raises BundleError naming the file or field."""
+def decode(data: bytes, keys: Sequence[ec.EllipticCurvePublicKey] | Keyring, limits: Limits = Limits()) -> Bundle:
+    """Return the bundle in *data* when one of *keys* signed it, or one that these announced.
+
+    Raises BundleError naming the file or field.
+    """
     files = dict(_unpack(data, limits))
-    _verify(files, keys)
-    manifest = _json(MANIFEST, files.pop(MANIFEST, b"{}"))
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("revision"), str) or not manifest["revision"]:
+    manifest = _json(MANIFEST, files.get(MANIFEST, b"{}"))
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{MANIFEST}: not an object")
+    stamp = _stamp(manifest)  # not believed yet; the announcements in it prove themselves
+    keyring = keys if isinstance(keys, Keyring) else Keyring(keys=tuple(keys))
+    keyring = keyring.follow(stamp.announcements)
+    _verify(files, keyring)
+    keyring = replace(keyring, term=max(keyring.term, stamp.term))
+    files.pop(MANIFEST, None)
+    if not isinstance(manifest.get("revision"), str) or not manifest["revision"]:
         raise BundleError(f"{MANIFEST}: revision is missing")
     if PROFILE not in files:
         raise BundleError(f"{PROFILE}: missing")
     profile = profiles.decode(files[PROFILE])
     _check_announced(profile, files)
-    return Bundle(revision=manifest["revision"], files=files, profile=profile)
+    return Bundle(revision=manifest["revision"], files=files, profile=profile, stamp=stamp, keyring=keyring)
+
+
+def _stamp(manifest: Mapping[str, Any]) -> Stamp:
+    """Return what the manifest says of the bundle's place among others; that of a foreign bundle says nothing."""
+    match manifest.get("metadata"):
+        case {"sidegate": {"term": _Number() as term, "sequence": _Number() as sequence, "announcements": [*tokens]}}:
+            pass
+        case {"sidegate": _}:
+            raise BundleError(f"{MANIFEST}: metadata.{METADATA}: expected term, sequence and announcements")
+        case _:
+            return Stamp()
+    if not (_is_count(term) and _is_count(sequence)):
+        raise BundleError(f"{MANIFEST}: metadata.{METADATA}: term and sequence must be whole numbers up to {MAX_TERM}")
+    if len(tokens) > MAX_ANNOUNCEMENTS or not all(type(token) is str for token in tokens):
+        raise BundleError(f"{MANIFEST}: metadata.{METADATA}: announcements: at most {MAX_ANNOUNCEMENTS} texts")
+    return Stamp(term=int(term), sequence=int(sequence), announcements=tuple(tokens))
+
+
+def _is_count(number: str) -> bool:
+    return number.isdecimal() and len(number) <= len(str(MAX_TERM)) and int(number) <= MAX_TERM
 
 
 def _check_announced(profile: profiles.Profile, files: Mapping[str, bytes]) -> None:
@@ -141,18 +191,6 @@ def _check_announced(profile: profiles.Profile, files: Mapping[str, bytes]) -> N
         raise BundleError(
             f"{PROFILE}: policies: {kind} of {path or 'the root'} is announced: {not is_there}, there: {is_there}"
         )
-
-
-class _Deterministic(ECAlgorithm):
-    """ES256 with the nonce of RFC 6979: no randomness to get wrong, and one signature for one content."""
-
-    def sign(self, msg: bytes, key: Any) -> bytes:
-        der = key.sign(msg, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
-        return der_to_raw_signature(der, key.curve)
-
-
-_SIGNER: Final = jwt.PyJWS(algorithms=[])
-_SIGNER.register_algorithm(ALGORITHM, _Deterministic(ECAlgorithm.SHA256))
 
 
 def _pack(files: Mapping[str, bytes]) -> bytes:
@@ -235,11 +273,11 @@ def _check_name(name: str) -> None:
     )
 
 
-def _verify(files: dict[str, bytes], keys: Sequence[ec.EllipticCurvePublicKey]) -> None:
-    """Check that *files* are what one of *keys* signed, and take the signature out of them."""
+def _verify(files: dict[str, bytes], keyring: Keyring) -> None:
+    """Check that *files* are what a key of *keyring* signed, and take the signature out of them."""
     if SIGNATURES not in files:
         raise BundleError(f"{SIGNATURES}: missing")
-    signed = _signed(_json(SIGNATURES, files.pop(SIGNATURES)), keys)
+    signed = _signed(_json(SIGNATURES, files.pop(SIGNATURES)), keyring)
     for name in sorted(files.keys() | signed.keys()):
         if name not in signed:
             raise BundleError(f"{name}: not covered by the signature")
@@ -249,23 +287,17 @@ def _verify(files: dict[str, bytes], keys: Sequence[ec.EllipticCurvePublicKey]) 
             raise BundleError(f"{name}: is not what was signed")
 
 
-def _signed(signatures: Any, keys: Sequence[ec.EllipticCurvePublicKey]) -> dict[str, tuple[str, str]]:
+def _signed(signatures: Any, keyring: Keyring) -> dict[str, tuple[str, str]]:
     """Return algorithm and hash of each signed file."""
     match signatures:
         case {"signatures": [str(token)]}:
             pass
         case _:
             raise BundleError(f"{SIGNATURES}: signatures must hold exactly one JWT")
-    payload = None
-    for key in keys:
-        try:
-            payload = jwt.PyJWS().decode(token, key, algorithms=[ALGORITHM])
-        except jwt.PyJWTError:
-            continue  # another key may fit: keys overlap while they are rotated
-        break
-    if payload is None:
-        raise BundleError(f"{SIGNATURES}: not signed by a key that is trusted here")
-    match _json(SIGNATURES, payload):
+    found = keyring.verify(token)
+    if found is None or found[1] == TYPE:
+        raise BundleError(f"{SIGNATURES}: not signed by a key that is trusted here ({keyring})")
+    match _json(SIGNATURES, found[0]):
         case {"files": [*entries]}:
             pass
         case _:

@@ -1,8 +1,8 @@
 """Pulls the workload's policy bundle from the control plane, and keeps the last good one on disk.
 
-Refuses a bundle that does not verify, does not load, or was made for another workload: the one before stays in force.
-The control plane must show its own SVID, and this pod's SVID decides which bundle it gets. OPA documentation,
-"Bundles": ETag, long polling.
+Refuses a bundle that does not verify, does not load, is older than the one before or was made for another workload: the
+one before stays in force. The control plane must show its own SVID, and this pod's SVID decides which bundle it gets.
+OPA documentation, "Bundles": ETag, long polling.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from certs.errors import CertsError
 from certs.spiffe import SpiffeId, SpiffePattern
 from certs.tls import MutualClient
 from sidecar.config import Settings
-from sidecar.core.bundle import Bundle, Limits, decode, public_keys
+from sidecar.core.bundle import Bundle, Limits, Stamp, decode
+from sidecar.core.keyring import Keyring
 from sidecar.errors import BundleError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class PullError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class _OlderError(BundleError):
+    """The bundle is older than the one before: whoever offered it knows less of the cluster than we have heard."""
+
+
 class _NoIdentityError(PullError):
     """There is no SVID yet to ask with."""
 
@@ -60,14 +65,20 @@ class BundleSource:
         session: aiohttp.ClientSession,
         client: MutualClient,
         activate: Callable[[Bundle], Awaitable[None]],
+        *,
+        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """*activate* puts a bundle in force, or raises BundleError. Raises ConfigError when a setting is missing."""
+        """*activate* puts a bundle in force, or raises BundleError. Raises ConfigError when a setting is missing.
+
+        *wall* is Unix time, *clock* a monotonic one, both in seconds.
+        """
         wanted = ("namespace", "pod", "workload", "control_plane", "control_plane_id", "bundle_keys")
         absent = [f"SIDEGATE_{name.upper()}" for name in wanted if not getattr(settings, name)]
         if absent:
             raise ConfigError(f"needed to pull a bundle, and not set: {', '.join(absent)}")
         try:
-            self._keys = public_keys(settings.bundle_keys)
+            self._keyring = Keyring.parse(settings.bundle_keys)
             self._expected = SpiffePattern.exactly(SpiffeId.parse(settings.control_plane_id))
         except (BundleError, CertsError) as error:
             raise ConfigError(str(error)) from error
@@ -82,13 +93,20 @@ class BundleSource:
         self._revision = ""  # in force
         self._refused = ""  # why the last one offered was not put in force
         self._refused_at_s = 0.0  # monotonic
-        self._confirmed_at_s: float | None = None  # Unix time: it must outlive the process
+        self._stamp = Stamp()  # the highest that was believed
+        self._must_reconnect = False  # the next question should reach another replica
+        self._confirmed_at_s: float | None = None  # monotonic
+        self._wall, self._clock = wall, clock
+        self.refusals = 0
         self.detail = "not asked yet"
 
     @property
     def age_s(self) -> float | None:
-        """Return the seconds since the control plane last confirmed the bundle in force; None before any."""
-        return None if self._confirmed_at_s is None else max(0.0, time.time() - self._confirmed_at_s)
+        """Return the seconds since the control plane last confirmed the bundle in force; None before any.
+
+        Whoever sets the clock of the machine does not change it: wall time counts only while there was no process.
+        """
+        return None if self._confirmed_at_s is None else max(0.0, self._clock() - self._confirmed_at_s)
 
     @property
     def is_stale(self) -> bool:
@@ -101,7 +119,7 @@ class BundleSource:
         await self._start_from_disk()
         failures = 0
         while True:
-            asked_s = time.monotonic()
+            asked_s = self._clock()
             try:
                 changed = await self._pull()
             except _NoIdentityError as error:
@@ -118,20 +136,12 @@ class BundleSource:
                 continue
             failures = 0
             self.detail = f"bundle refused: {self._refused}" if self._refused else "confirmed"
-            if not changed and time.monotonic() - asked_s < HELD_S:
+            if not changed and self._clock() - asked_s < HELD_S:
                 await _pause(POLL_S)
 
     async def _pull(self) -> bool:
         """Ask once; return whether there was a new bundle, put in force or refused. Raises PullError."""
-        if self._refused and time.monotonic() - self._refused_at_s > REFUSED_S:
-            self._etag = self._digest = None
-        headers = {"Prefer": f"modes=snapshot;wait={POLL_S}", "Accept-Encoding": "identity"}
-        if self._etag is not None:
-            headers["If-None-Match"] = self._etag
-        if self._revision:
-            headers[REVISION_HEADER] = _header_text(self._revision)
-        if self._refused:
-            headers[ERROR_HEADER] = _header_text(self._refused)
+        headers = self._headers()
         try:
             context = self._client.context(self._expected)
         except CertsError as error:
@@ -141,9 +151,12 @@ class BundleSource:
                 asyncio.timeout(POLL_S + ANSWER_S),
                 self._session.get(self._url, ssl=context, headers=headers, allow_redirects=False) as response,
             ):
-                limit = Limits().packed_bytes if response.status == 200 else MAX_TEXT_BYTES
-                data = await _read(response, limit)
                 status, answered = response.status, response.headers
+                data = await _read(response, Limits().packed_bytes if status == 200 else MAX_TEXT_BYTES)
+        except BundleError as error:
+            self._etag, self._digest = answered.get("ETag"), None
+            self._refuse(error)
+            raise PullError(f"bundle refused: {error}") from error
         except (aiohttp.ClientError, OSError, TimeoutError, CertsError) as error:
             raise PullError(f"{self._url}: {str(error) or type(error).__name__}") from error
         if status == 200:
@@ -159,6 +172,21 @@ class BundleSource:
             self._confirm()
         return False
 
+    def _headers(self) -> dict[str, str]:
+        """Return what the next question says."""
+        if self._refused and self._clock() - self._refused_at_s > REFUSED_S:
+            self._etag = self._digest = None
+        headers = {"Prefer": f"modes=snapshot;wait={POLL_S}", "Accept-Encoding": "identity"}
+        if self._etag is not None:
+            headers["If-None-Match"] = self._etag
+        if self._revision:
+            headers[REVISION_HEADER] = _header_text(self._revision)
+        if self._refused:
+            headers[ERROR_HEADER] = _header_text(self._refused)
+        if self._must_reconnect:
+            headers["Connection"] = "close"
+        return headers
+
     async def _take(self, data: bytes) -> bool:
         """Put the bundle in *data* in force unless it was judged already; return whether it was not."""
         digest = sha256(data).digest()
@@ -166,43 +194,65 @@ class BundleSource:
         if is_new:
             self._digest = digest
             try:
-                await self._put_in_force(data)
+                await self._put_in_force(self._decoded(data))
             except BundleError as error:
-                self._refused, self._refused_at_s = str(error), time.monotonic()
-                log.error("bundle refused", extra={"error": str(error), "etag": self._etag})  # noqa: TRY400 - not ours
+                self._refuse(error)
                 return True
-            self._refused = ""
+            self._refused, self._must_reconnect = "", False
             self._keep(data)
         if not self._refused:
             self._confirm()
         return is_new
 
-    async def _put_in_force(self, data: bytes) -> None:
-        bundle = decode(data, self._keys)
+    def _refuse(self, error: BundleError) -> None:
+        """Count and say why what was offered is not put in force. Raises PullError when another replica may help."""
+        if self._refused != str(error):
+            log.error("bundle refused", extra={"error": str(error), "etag": self._etag})
+        self.refusals += 1
+        self._refused, self._refused_at_s = str(error), self._clock()
+        self._must_reconnect = isinstance(error, _OlderError)
+        if self._must_reconnect:
+            self._etag = self._digest = None  # what this replica offers next may be as new as what we have
+            raise PullError(f"bundle refused: {error}") from error
+
+    def _decoded(self, data: bytes) -> Bundle:
+        """Return the bundle in *data* if it may be believed and was made for us. Raises BundleError."""
+        bundle = decode(data, self._keyring)
         server, settings = bundle.profile.server, self._settings
         if (server.namespace, server.workload) != (settings.namespace, settings.workload):
             raise BundleError(f"sidegate.json: made for {server.namespace}/{server.workload}")
-        await self._activate(bundle)
-        self._revision = bundle.revision
+        return bundle
+
+    async def _put_in_force(self, bundle: Bundle) -> None:
+        """Enforce *bundle* from now on. Raises BundleError: the one before stays."""
+        if bundle.revision != self._revision:
+            if bundle.stamp < self._stamp:
+                raise _OlderError(f"older than the one before: {_place(bundle.stamp)}, after {_place(self._stamp)}")
+            await self._activate(bundle)
+        self._revision, self._keyring = bundle.revision, bundle.keyring
+        self._stamp = max(self._stamp, bundle.stamp)
 
     async def _start_from_disk(self) -> None:
         if self._path is None or not self._path.exists():
             return
         try:
             data = self._path.read_bytes()
-            await self._put_in_force(data)
-            self._confirmed_at_s = self._path.stat().st_mtime
+            bundle = self._decoded(data)
+            self._keyring, self._stamp = bundle.keyring, bundle.stamp  # known, also if it does not load any more
+            await self._put_in_force(bundle)
+            age_s = max(0.0, self._wall() - self._path.stat().st_mtime)
         except (OSError, BundleError) as error:
             log.warning("the kept bundle is of no use", extra={"error": str(error)})
             return
+        self._confirmed_at_s = self._clock() - age_s
         self._digest = sha256(data).digest()
         self.detail = "kept from an earlier run, not confirmed yet"
 
     def _confirm(self) -> None:
-        self._confirmed_at_s = time.time()
+        self._confirmed_at_s = self._clock()
         if self._path is not None:
             with contextlib.suppress(OSError):
-                os.utime(self._path)
+                os.utime(self._path, (self._wall(), self._wall()))
 
     def _keep(self, data: bytes) -> None:
         """Write the bundle so that a crash leaves the old or the new one, never half."""
@@ -219,6 +269,10 @@ class BundleSource:
             log.warning("the bundle could not be kept", extra={"error": str(error)})
 
 
+def _place(stamp: Stamp) -> str:
+    return f"term {stamp.term}, sequence {stamp.sequence}"
+
+
 async def _pause(longest_s: float) -> None:
     """Wait at most *longest_s*; sidecars that started together must not ask together."""
     await asyncio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311 - not a secret
@@ -230,12 +284,12 @@ def _header_text(text: str) -> str:
 
 
 async def _read(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
-    """Return the body; raises PullError beyond *limit_bytes* of a bundle, cuts a text there."""
+    """Return the body; raises BundleError beyond *limit_bytes* of a bundle, cuts a text there."""
     data = bytearray()
     async for piece in response.content.iter_any():
         data += piece
         if len(data) > limit_bytes:
             if response.status == 200:
-                raise PullError(f"the bundle is larger than {limit_bytes} bytes")
+                raise BundleError(f"bundle: larger than {limit_bytes} bytes")
             break
     return bytes(data[:limit_bytes])

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core import bundle, profile
-from sidecar.core.bundle import Limits
+from sidecar.core.bundle import Limits, Stamp
+from sidecar.core.keyring import TYPE, announce, key_id, sign
 from sidecar.errors import BundleError
 from tests.parts import part
 from tests.sidecar.questions import SERVER
@@ -105,6 +106,92 @@ def test_the_bytes_do_not_depend_on_the_order_of_files(order: list[str]) -> None
 def expected_bytes() -> bytes:
     """Return the bundle of FILES."""
     return bundle.encode(FILES, KEY)
+
+
+STAMP = Stamp(term=7, sequence=2**53)
+
+
+def test_stamp_says_which_bundle_is_newer_and_is_no_content() -> None:
+    """The same content keeps its revision, whenever and by whomever it was signed."""
+    stamped = bundle.encode(FILES, KEY, stamp=STAMP)
+    read, plain = bundle.decode(stamped, [PUBLIC]), bundle.decode(bundle.encode(FILES, KEY), [PUBLIC])
+
+    assert read.stamp == STAMP
+    assert read.keyring.term == 7
+    assert plain.stamp == Stamp()
+    assert read.revision == plain.revision
+    assert Stamp(term=1, sequence=9) < Stamp(term=2, sequence=1) < Stamp(term=2, sequence=2)
+
+
+def test_bundle_is_signed_again_with_another_stamp() -> None:
+    """By another key, with the same content; what policy.wasm offers stays."""
+    files = {**FILES, "policy.wasm": b"w"}
+    files["sidegate.json"] = profile.encode(
+        profile.Profile(server=SERVER, policies=(profile.PolicySet(cedar=True, rego=True),))
+    )
+    first = bundle.encode(files, KEY, entrypoints=(bundle.ALLOW, bundle.REASONS))
+    again = bundle.renew(first, OTHER, STAMP)
+
+    assert again == bundle.encode(files, OTHER, entrypoints=(bundle.ALLOW, bundle.REASONS), stamp=STAMP)
+    assert bundle.decode(again, [OTHER.public_key()]).files == files
+
+
+def test_announced_key_signs_the_bundle_that_announces_it() -> None:
+    """Who was away while keys changed verifies the next bundle all the same."""
+    told = Stamp(term=3, sequence=1, announcements=(announce([OTHER.public_key()], 3, KEY),))
+    read = bundle.decode(bundle.encode(FILES, OTHER, stamp=told), [PUBLIC])
+
+    assert str(read.keyring) == key_id(OTHER.public_key())
+    assert read.stamp.announcements == told.announcements
+    with pytest.raises(BundleError, match="not signed by a key that is trusted here"):
+        bundle.decode(bundle.encode(FILES, KEY, stamp=told), [PUBLIC])  # its own announcement took the key away
+
+
+def test_announcement_is_no_signature_of_a_bundle() -> None:
+    """What is signed for one purpose does not serve another."""
+    payload = json.dumps({"files": []}).encode()
+    token = json.dumps({"signatures": [sign(payload, KEY, typ=TYPE)]}).encode()
+
+    with pytest.raises(BundleError, match="not signed by a key"):
+        bundle.decode(repacked(lambda held: held.update({"/.signatures.json": token})), [PUBLIC])
+
+
+@pytest.mark.parametrize(
+    ("ours", "why"),
+    [
+        ({"term": -1, "sequence": 1, "announcements": []}, "whole numbers"),
+        ({"term": 1, "sequence": 1.5, "announcements": []}, "whole numbers"),
+        ({"term": 1, "sequence": 2**53 + 1, "announcements": []}, "whole numbers"),
+        ({"term": 1, "sequence": 10**4000, "announcements": []}, "whole numbers"),
+        ({"term": 1, "announcements": []}, "expected term, sequence and announcements"),
+        ({"term": "1", "sequence": 1, "announcements": []}, "expected term, sequence and announcements"),
+        ({"term": 1, "sequence": 1, "announcements": ["x"] * 17}, "at most 16 texts"),
+        ({"term": 1, "sequence": 1, "announcements": [1]}, "at most 16 texts"),
+        ([], "expected term, sequence and announcements"),
+    ],
+)
+def test_stamp_that_cannot_be_read_is_refused(ours: Any, why: str) -> None:
+    """To take it for none would let an older bundle pass."""
+    manifest = json.dumps({"revision": "r", "metadata": {"sidegate": ours}}).encode()
+
+    with pytest.raises(BundleError, match=why):
+        bundle.decode(repacked(lambda held: held.update({"/.manifest": manifest})), [PUBLIC])
+
+
+def test_foreign_metadata_says_nothing() -> None:
+    """OPA leaves the member to its users; theirs is not ours."""
+    manifest = {"revision": "r", "metadata": {"team": "payments"}}
+
+    def sign_again(held: dict[str, bytes]) -> None:
+        held["/.manifest"] = json.dumps(manifest).encode()
+        names = {name.removeprefix("/"): content for name, content in held.items() if name != "/.signatures.json"}
+        entries = [
+            {"name": name, "algorithm": "SHA-256", "hash": bundle._hash(name, content)}
+            for name, content in names.items()
+        ]
+        held["/.signatures.json"] = signed({"files": entries})
+
+    assert bundle.decode(repacked(sign_again), [PUBLIC]).stamp == Stamp()
 
 
 def test_another_content_has_another_revision() -> None:

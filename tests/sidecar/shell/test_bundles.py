@@ -444,7 +444,8 @@ async def test_bundle_grows_stale_only_where_a_limit_is_set(monkeypatch: pytest.
     plane, sidecar = FakeControlPlane(), Sidecar()
     async with _pulling(plane, sidecar) as source:
         await eventually(lambda: source.age_s is not None, what="confirmation")
-        monkeypatch.setattr(module.time, "time", lambda: time.time_ns() / 1e9 + 10_000)
+        later = source._clock() + 10_000
+        monkeypatch.setattr(source, "_clock", lambda: later)
 
         assert not source.is_stale
         source._settings = replace(source._settings, bundle_max_age_s=60.0)
