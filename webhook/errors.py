@@ -19,8 +19,6 @@ class DenyCode(StrEnum):
     CONTAINER_UNKNOWN = "container_unknown"  # nothing says which container is the stdio server
     COMMAND_UNKNOWN = "command_unknown"  # of a stdio server; the image's own is not seen at admission
     PORT_UNRESOLVED = "port_unresolved"  # a probe names a port that its container does not have
-    PROBE_UNSUPPORTED = "probe_unsupported"
-    HOOK_UNSUPPORTED = "hook_unsupported"
     ROLE_CONFLICT = "role_conflict"  # agent and server at once
     AGENT_WITHOUT_SERVERS = "agent_without_servers"  # no profile says which servers an agent calls
     PROXY_TAKEN = "proxy_taken"  # the application has a proxy of its own, where capture needs the variable
@@ -36,6 +34,7 @@ class DenyCode(StrEnum):
     UNENFORCEABLE_PRIVILEGED = "unenforceable_privileged"
     UNENFORCEABLE_CAPABILITY = "unenforceable_capability"
     UNENFORCEABLE_USER = "unenforceable_user"
+    UNENFORCEABLE_MESH = "unenforceable_mesh"  # another mesh takes the same traffic
 
 
 class WebhookError(Exception):

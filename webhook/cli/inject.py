@@ -5,6 +5,7 @@ part in the decision. Nothing is printed when any pod would be refused.
 """
 
 import argparse
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,6 +72,7 @@ class Injector:
         self._template = made
         self._policy = policy_of(labels)
         self._namespace = namespace
+        self._nonce = secrets.token_hex(16)  # what is printed may be applied
         self.profiles: dict[str, dict[str, ServerProfileSpec]] = {}
         for each in documents:
             if each.get("kind") == resources.SERVER_PROFILE.name:
@@ -96,6 +98,7 @@ class Injector:
             policy=self._policy,
             profiles=self.profiles.get(namespace, {}),
             template=self._template,
+            nonce=self._nonce,
         )
         match decision:
             case Deny():

@@ -83,8 +83,11 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of all of the above."""
-        content = asdict(self) | {"excluded_namespaces": sorted(self.excluded_namespaces)}
+        """Twelve hexadecimal digits of all of the above; a setting that has its default does not count."""
+        content = asdict(self) | {
+            "sidecar": self.sidecar.to_env(),
+            "excluded_namespaces": sorted(self.excluded_namespaces),
+        }
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
 
 

@@ -6,14 +6,15 @@ and rendered again, and either equals our work, becomes our work, or is a decoy.
 and the offline renderer; it makes no call.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from sidecar.config import USER_ID, Capture, Role
-from webhook.core import annotations, container, patch, probes, quantity, relay
+from sidecar.config import Capture, Role
+from webhook.core import annotations, container, obstacles, patch, probes, quantity, relay
 from webhook.core import pod as pods
 from webhook.core.annotations import GROUP, Overrides
 from webhook.core.container import Plan, Template
@@ -28,8 +29,6 @@ SYSTEM_LABELS: Final = (("control-plane", "true"), ("kubernetes.azure.com/manage
 SERVER_LABEL: Final = f"{GROUP}/server"  # on a pod
 AGENT_LABEL: Final = annotations.AGENT
 _MIRROR: Final = "kubernetes.io/config.mirror"
-# With these a container can leave netfilter, the pod's namespaces or the sidecar's memory behind.
-_CAPABILITIES: Final = frozenset({"ALL", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "BPF"})
 _HINT: Final = "remove it and let it be injected; backups should leave pods to their Deployment"
 _STRENGTH: Final = {Capture.REMAP: 0, Capture.REDIRECT: 1}
 
@@ -106,10 +105,14 @@ def decide(
     policy: NamespacePolicy | None,
     profiles: Mapping[str, ServerProfileSpec],
     template: Template,
+    nonce: str,
 ) -> Decision:
-    """Return what becomes of the pod *raw*, to be created in *namespace* with the profiles *profiles*."""
+    """Return what becomes of the pod *raw*, to be created in *namespace* with the profiles *profiles*.
+
+    *nonce* is what nobody can guess; the token of the pod's hooks is made of it, unless the pod brings one.
+    """
     try:
-        return _decide(raw, namespace, policy, profiles, template)
+        return _decide(raw, namespace, policy, profiles, template, nonce)
     except Denial as denial:
         return Deny(code=denial.code, message=str(denial))
 
@@ -120,6 +123,7 @@ def _decide(
     policy: NamespacePolicy | None,
     profiles: Mapping[str, ServerProfileSpec],
     template: Template,
+    nonce: str,
 ) -> Decision:
     if policy is None:
         return Skip(reason=SkipReason.NAMESPACE_NOT_LABELLED)
@@ -140,8 +144,10 @@ def _decide(
         warnings.append(f"{SERVER_LABEL}=false has no effect: namespace {namespace} enforces injection")
     if policy is NamespacePolicy.OPTIONAL and wanted is None and profile is None and not is_agent:
         return _left_alone(seen, SkipReason.NOT_SELECTED)
-    make = _plan_agent if is_agent else _plan
-    injection, plan, bare = make(raw, seen, profile, template, warnings)
+    if is_agent:
+        injection, plan, bare = _plan_agent(raw, seen, profile, template, warnings)
+    else:
+        injection, plan, bare = _plan(raw, seen, profile, template, nonce, warnings)
     _refuse_decoys(seen, raw, injection)
     mutated = patch.mutate(bare, injection)
     return Inject(
@@ -171,18 +177,19 @@ def _left_alone(seen: Pod, reason: SkipReason) -> Skip:
 
 
 def _plan(
-    raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, warnings: list[str]
+    raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, nonce: str, warnings: list[str]
 ) -> tuple[patch.Injection, Plan, JSON]:
     """Return what to put in, how it was decided, and the pod without anything of ours. Raises Denial."""
     bare_raw, bare = _bare(raw, seen)
     asked = annotations.read(bare.annotations)
     capture = _capture(asked, profile, template)
+    obstacles.refuse(bare, capture)
     port = resolve_port(bare, asked, profile)
     if port in probes.RESERVED_PORTS:
         raise Denial(
             DenyCode.PORT_RESERVED, f"port {port} belongs to the sidecar; let the application listen on another"
         )
-    relocated, originals = _relocate(bare_raw, bare)
+    relocated, originals = _relocate(bare_raw, bare, patch.hook_token(raw) or _digest(nonce))
     is_stdio = resolve_transport(asked, profile) == "stdio"
     if is_stdio:
         name, command = relay.find_server(bare, asked)
@@ -191,6 +198,7 @@ def _plan(
     move = _port_move(bare, port) if capture is Capture.REMAP and not is_stdio else None
     if capture is Capture.REMAP:
         warnings.extend(_remap_warnings(bare, None if is_stdio else port, move))
+    warnings.extend(obstacles.warnings(bare, capture, Role.SERVER, template))
     plan = Plan(
         workload=pods.workload(bare).name,
         capture=capture,
@@ -223,7 +231,6 @@ def _bare(raw: JSON, seen: Pod) -> tuple[JSON, Pod]:
     bare = pods.read(bare_raw)
     for each in bare.containers:
         _refuse_ours_in(each)
-    _refuse_unenforceable(bare)
     return bare_raw, bare
 
 
@@ -254,12 +261,14 @@ def _plan_agent(
         )
     asked = annotations.read(bare.annotations)
     capture = _capture(asked, profile, template)
+    obstacles.refuse(bare, capture)
     ports = tuple(sorted({server.port for server in profile.agent.servers}))
     if capture is Capture.REMAP:
         _refuse_own_proxy(bare)
         warnings.append(
             "an agent in capture mode remap is governed as far as its programs heed HTTP_PROXY; servers still refuse the rest"
         )
+    warnings.extend(obstacles.warnings(bare, capture, Role.AGENT, template))
     both = (*(bare_raw["spec"].get("initContainers") or ()), *bare_raw["spec"]["containers"])
     plan = Plan(
         workload=pods.workload(bare).name,
@@ -371,79 +380,20 @@ def _fixed(part: JSON) -> JSON:
     return kept
 
 
-def _refuse_unenforceable(bare: Pod) -> None:
-    spec = bare.spec
-    windows = (spec.os and spec.os.name == "windows") or (spec.node_selector or {}).get("kubernetes.io/os") == "windows"
-    for found, code, what in (
-        (
-            spec.host_network,
-            DenyCode.UNENFORCEABLE_HOST_NETWORK,
-            "hostNetwork: traffic would not pass the sidecar; remove it",
-        ),
-        (spec.host_pid, DenyCode.UNENFORCEABLE_HOST_PID, "hostPID: the sidecar's process would be in reach; remove it"),
-        (spec.host_ipc, DenyCode.UNENFORCEABLE_HOST_IPC, "hostIPC: the node's memory would be in reach; remove it"),
-        (
-            spec.share_process_namespace,
-            DenyCode.UNENFORCEABLE_SHARED_PROCESSES,
-            "shareProcessNamespace: the sidecar's process would be in reach; remove it",
-        ),
-        (windows, DenyCode.UNENFORCEABLE_WINDOWS, "a Windows pod: there is no sidecar for it"),
-        (
-            # A pod-level user does no harm when every container sets its own.
-            _runs_as_sidecar(spec.security_context) and not all(_has_own_user(each) for each in bare.containers),
-            DenyCode.UNENFORCEABLE_USER,
-            f"securityContext.runAsUser {USER_ID}: it is the sidecar's, whose memory and files it could read; use another",
-        ),
-    ):
-        if found:
-            raise Denial(code, what)
-    for each in bare.containers:
-        _refuse_unenforceable_container(each)
-
-
-def _refuse_unenforceable_container(each: Container) -> None:
-    security = each.security_context
-    if any(port.host_port for port in each.ports or ()):
-        raise Denial(
-            DenyCode.UNENFORCEABLE_HOST_PORT, f"container {each.name}: hostPort goes round the Service; remove it"
-        )
-    if security is None:
-        return
-    if security.privileged:
-        raise Denial(
-            DenyCode.UNENFORCEABLE_PRIVILEGED, f"container {each.name}: privileged can undo the capture; remove it"
-        )
-    if _runs_as_sidecar(security):
-        raise Denial(
-            DenyCode.UNENFORCEABLE_USER,
-            f"container {each.name}: runAsUser {USER_ID} is the sidecar's, whose memory and files it could read; use another",
-        )
-    added = {name.upper().removeprefix("CAP_") for name in (security.capabilities and security.capabilities.add) or ()}
-    if dangerous := sorted(added & _CAPABILITIES):
-        raise Denial(
-            DenyCode.UNENFORCEABLE_CAPABILITY,
-            f"container {each.name}: capability {', '.join(dangerous)} can undo the capture; remove it",
-        )
-
-
-def _runs_as_sidecar(security: pods.SecurityContext | None) -> bool:
-    return security is not None and security.run_as_user == USER_ID
-
-
-def _has_own_user(each: Container) -> bool:
-    return each.security_context is not None and each.security_context.run_as_user not in (None, USER_ID)
-
-
-def _relocate(raw: JSON, bare: Pod) -> tuple[dict[str, JSON], probes.Originals]:
+def _relocate(raw: JSON, bare: Pod, token: str) -> tuple[dict[str, JSON], probes.Originals]:
     relocated: dict[str, JSON] = {}
     originals: probes.Originals = {}
     for field, views in (("initContainers", bare.spec.init_containers or ()), ("containers", bare.spec.containers)):
         for each, view in zip(raw["spec"].get(field) or (), views, strict=True):
             # Only native sidecars among the init containers can have probes; the API server sees to that.
-            relocated[view.name], kinds = probes.relocate(each, view)
+            relocated[view.name], kinds = probes.relocate(each, view, token)
             if kinds:
                 originals[view.name] = kinds
     return relocated, originals
+
+
+def _digest(nonce: str) -> str:
+    return hashlib.sha256(nonce.encode()).hexdigest()[:32]
 
 
 def _port_move(bare: Pod, port: int) -> patch.PortMove | None:

@@ -86,6 +86,12 @@ def restore(pod: JSON) -> JSON:
     return restored
 
 
+def hook_token(pod: JSON) -> str | None:
+    """Return the token that the hooks of *pod* were moved with; None when none was."""
+    ours = [each for each in pod["spec"].get("initContainers") or () if each["name"] in container.CONTAINERS]
+    return probes.token_of(_recorded_probes(ours))
+
+
 def diff(old: JSON, new: JSON) -> list[JSON]:
     """Return the operations that make *new* of *old*: no more than what differs."""
     operations: list[JSON] = []

@@ -13,6 +13,7 @@ import msgspec
 from webhook.errors import Denial, DenyCode
 
 JSON = dict[str, Any]
+_TEMPLATE_HASHES: Final = {"pod-template-hash": "Deployment", "rollouts-pod-template-hash": "Rollout"}  # Argo's is one
 _JOB_OF_CRON_JOB: Final = re.compile(r"(.+)-[0-9]{8,10}", re.ASCII)  # the scheduled minute since 1970
 
 
@@ -50,18 +51,19 @@ class Port(View, frozen=True, kw_only=True):
 
 
 class Capabilities(View, frozen=True, kw_only=True):
-    """Linux capabilities beyond the runtime's default."""
+    """Linux capabilities beyond and below the runtime's default."""
 
     add: list[str] | None = None
+    drop: list[str] | None = None
 
 
 class SecurityContext(View, frozen=True, kw_only=True):
     """Of a container or, with fewer fields, of the pod."""
 
     run_as_user: int | None = None
+    run_as_non_root: bool | None = None
     privileged: bool | None = None
     capabilities: Capabilities | None = None
-    windows_options: JSON | None = None
 
 
 class Mount(View, frozen=True, kw_only=True):
@@ -127,6 +129,8 @@ class Spec(View, frozen=True, kw_only=True):
     security_context: SecurityContext | None = None
     resources: Resources | None = None
     os: OperatingSystem | None = None
+    dns_policy: str | None = None
+    termination_grace_period_seconds: int | None = None
     host_network: bool | None = None
     host_pid: bool | None = msgspec.field(default=None, name="hostPID")
     host_ipc: bool | None = msgspec.field(default=None, name="hostIPC")
@@ -180,9 +184,10 @@ def workload(pod: Pod) -> Workload:
         return Workload(kind="Pod", name=(pod.metadata.generate_name or "").rstrip("-") or pod.metadata.name or "")
     if owner.kind == "ReplicaSet":
         # Only what the label names: a Deployment may itself be called billing-api.
-        suffix = "-" + pod.labels.get("pod-template-hash", "\0")
-        if owner.name.endswith(suffix) and owner.name != suffix:
-            return Workload(kind="Deployment", name=owner.name.removesuffix(suffix))
+        for label, kind in _TEMPLATE_HASHES.items():
+            suffix = "-" + pod.labels.get(label, "\0")
+            if owner.name.endswith(suffix) and owner.name != suffix:
+                return Workload(kind=kind, name=owner.name.removesuffix(suffix))
     if owner.kind == "Job" and (cron := _JOB_OF_CRON_JOB.fullmatch(owner.name)):
         return Workload(kind="CronJob", name=cron[1])
     return Workload(kind=owner.kind, name=owner.name)

@@ -113,6 +113,7 @@ def judge(request: Request, policy: NamespacePolicy, world: World) -> Decision:
         policy=policy,
         profiles=world.profiles(request.namespace),
         template=world.template(),
+        nonce=request.uid,  # a random UUID of the API server's
     )
 
 

@@ -226,7 +226,9 @@ def passes_golden_pod(template_: Template) -> bool:
     """Return whether a plain pod is injected, and left alone the second time."""
 
     def judged(pod: JSON) -> Inject | None:
-        decision = decide(pod, namespace="golden", policy=NamespacePolicy.OPTIONAL, profiles={}, template=template_)
+        decision = decide(
+            pod, namespace="golden", policy=NamespacePolicy.OPTIONAL, profiles={}, template=template_, nonce=""
+        )
         return decision if isinstance(decision, Inject) else None
 
     first = judged(_GOLDEN)

@@ -19,6 +19,7 @@ from webhook.core.container import Amounts, Template
 from webhook.core.injection import Decision, Inject, Skip, decide, policy_of
 
 ROOT = Path(__file__).parent / "golden"
+NONCE = "00000000-0000-4000-8000-000000000000"  # of every review here
 TEMPLATE = Template(
     version="0.1.0",
     revision="default",
@@ -53,6 +54,7 @@ class Case:
             policy=policy_of(metadata.get("labels") or {}),
             profiles=self.profiles,
             template=self.template,
+            nonce=NONCE,
         )
 
     def results(self) -> dict[str, str]:

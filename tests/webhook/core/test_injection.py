@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.webhook.core.golden_cases import TEMPLATE, Case, cases
-from webhook.core import container, relay
+from tests.webhook.core.declared import rest
+from tests.webhook.core.golden_cases import NONCE, TEMPLATE, Case, cases
+from webhook.core import container
 from webhook.core.injection import Decision, Deny, Inject, NamespacePolicy, Skip, decide, policy_of
 from webhook.errors import DenyCode
 
@@ -29,7 +30,9 @@ def a_pod(**spec: Any) -> Any:
 
 def decided(pod: Any, template: container.Template = TEMPLATE) -> Decision:
     """Return the decision on *pod* where injection is optional."""
-    return decide(pod, namespace="payments", policy=NamespacePolicy.OPTIONAL, profiles={}, template=template)
+    return decide(
+        pod, namespace="payments", policy=NamespacePolicy.OPTIONAL, profiles={}, template=template, nonce=NONCE
+    )
 
 
 def injected(pod: Any, template: container.Template = TEMPLATE) -> Any:
@@ -78,22 +81,12 @@ def test_our_own_output_needs_no_patch(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", INJECTED.values(), ids=INJECTED.keys())
-def test_application_containers_keep_all_but_probes_and_moved_port(case: Case) -> None:
-    """Nothing of the application's containers changes but probes, the name of the moved port and an agent's proxy."""
-    ours = {"startupProbe", "livenessProbe", "readinessProbe", "ports"}
+def test_application_keeps_all_but_what_is_declared(case: Case) -> None:
+    """Order, unknown fields, everything: but for the targets of probes, the name of a moved port and an agent's proxy."""
     decision = case.decide(case.pod)
-    assert isinstance(decision, Inject)
-    for field in ("containers", "initContainers"):
-        before = case.pod["spec"].get(field, [])
-        after = [
-            relay.unwrapped(container.unproxied(each))
-            for each in decision.pod["spec"][field]
-            if each["name"] not in container.CONTAINERS
-        ]
 
-        assert [{k: v for k, v in each.items() if k not in ours} for each in before] == [
-            {k: v for k, v in each.items() if k not in ours} for each in after
-        ]
+    assert isinstance(decision, Inject)
+    assert rest(decision.pod) == rest(case.pod)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +183,39 @@ def test_shrunk_resources_are_put_right() -> None:
     assert injected(pod) == injected(a_pod())
 
 
+def test_token_of_hooks_stays_when_a_container_joins() -> None:
+    """The review has another nonce by then, and the kubelet must find what is recorded."""
+    app = a_pod()["spec"]["containers"][0] | {"lifecycle": {"preStop": {"httpGet": {"port": 8080}}}}
+    late = {"name": "late", "image": "late", "lifecycle": {"postStart": {"httpGet": {"port": 9000}}}}
+    first = injected(a_pod(containers=[app]))
+    first["spec"]["containers"].append(late)
+    again = decide(
+        first, namespace="payments", policy=NamespacePolicy.OPTIONAL, profiles={}, template=TEMPLATE, nonce="another"
+    )
+
+    assert isinstance(again, Inject)
+    assert again.pod == injected(a_pod(containers=[app, late]))
+
+
+def test_token_of_hooks_differs_from_pod_to_pod() -> None:
+    """Who knows one does not know the others."""
+    hook = a_pod()["spec"]["containers"][0] | {"lifecycle": {"preStop": {"httpGet": {"port": 8080}}}}
+    paths = set()
+    for nonce in ("a", "b"):
+        made = decide(
+            a_pod(containers=[hook]),
+            namespace="n",
+            policy=NamespacePolicy.OPTIONAL,
+            profiles={},
+            template=TEMPLATE,
+            nonce=nonce,
+        )
+        assert isinstance(made, Inject)
+        paths.add(made.pod["spec"]["containers"][0]["lifecycle"]["preStop"]["httpGet"]["path"])
+
+    assert len(paths) == 2
+
+
 def test_removed_probe_of_an_injected_pod_stays_removed() -> None:
     """The record is not a licence to bring a probe back that its author took away."""
     app = a_pod()["spec"]["containers"][0]
@@ -218,7 +244,7 @@ def test_pod_left_alone_may_not_look_like_our_work(
     pod = a_pod(**part)
     pod["metadata"]["labels"] = labels
 
-    assert deny_code(decide(pod, namespace="n", policy=policy, profiles={}, template=TEMPLATE)) is code
+    assert deny_code(decide(pod, namespace="n", policy=policy, profiles={}, template=TEMPLATE, nonce=NONCE)) is code
 
 
 def test_injected_pod_that_is_no_longer_selected_is_refused() -> None:
@@ -270,7 +296,12 @@ PORTS = st.lists(
     ),
     max_size=3,
 )
+HOOKS = st.dictionaries(
+    st.sampled_from(["preStop", "postStart"]),
+    st.fixed_dictionaries({"httpGet": st.fixed_dictionaries({"port": st.sampled_from([8080, "mcp"])})}) | JSON,
+)
 PROBES = st.one_of(
+    st.fixed_dictionaries({"grpc": st.fixed_dictionaries({"port": st.just(80)}, optional={"service": st.text()})}),
     st.fixed_dictionaries({"httpGet": st.fixed_dictionaries({"port": st.sampled_from([8080, "mcp", 0])})}),
     st.fixed_dictionaries({"tcpSocket": st.fixed_dictionaries({"port": st.just(80)})}),
     JSON,
@@ -278,7 +309,14 @@ PROBES = st.one_of(
 CONTAINERS = st.lists(
     st.fixed_dictionaries(
         {"name": NAMES},
-        optional={"ports": PORTS, "readinessProbe": PROBES, "lifecycle": JSON, "resources": JSON, "extra": JSON},
+        optional={
+            "ports": PORTS,
+            "readinessProbe": PROBES,
+            "lifecycle": HOOKS | JSON,
+            "resources": JSON,
+            "securityContext": JSON,
+            "extra": JSON,
+        },
     ),
     min_size=1,
     max_size=3,
@@ -292,9 +330,16 @@ PODS = st.fixed_dictionaries(
         ),
         "spec": st.fixed_dictionaries(
             {"containers": CONTAINERS},
-            optional={"initContainers": CONTAINERS, "volumes": st.just([{"name": "v"}]), "extra": JSON},
+            optional={
+                "initContainers": CONTAINERS,
+                "volumes": st.just([{"name": "v"}]),
+                "imagePullSecrets": JSON,
+                "resources": JSON,
+                "extra": JSON,
+            },
         ),
-    }
+    },
+    optional={"extra": JSON, "status": JSON},
 )
 
 
@@ -304,18 +349,21 @@ def test_any_json_gets_a_decision(pod: Any, policy: NamespacePolicy) -> None:
     """Garbage is skipped or denied with a reason, never an exception."""
     before = copy.deepcopy(pod)
 
-    assert isinstance(decide(pod, namespace="n", policy=policy, profiles={}, template=TEMPLATE), (Inject, Skip, Deny))
+    assert isinstance(
+        decide(pod, namespace="n", policy=policy, profiles={}, template=TEMPLATE, nonce=NONCE), (Inject, Skip, Deny)
+    )
     assert pod == before
 
 
 @given(PODS, st.sampled_from(list(container.Capture)[:2]))
 @settings(max_examples=150, deadline=None)
 def test_laws_of_injection(pod: Any, capture: container.Capture) -> None:
-    """The patch makes the pod that was meant, and injecting twice is injecting once."""
+    """The patch makes the pod that was meant, of which nothing undeclared changed; injecting twice is injecting once."""
     template = replace(TEMPLATE, capture=capture, weakest_capture=container.Capture.REMAP)
     first = decided(pod, template)
     if isinstance(first, Inject):
         assert jsonpatch.apply_patch(pod, first.operations) == first.pod
+        assert rest(first.pod) == rest(pod)
         second = decided(first.pod, template)
         assert isinstance(second, Inject), second
         assert second.operations == []

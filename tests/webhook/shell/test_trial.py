@@ -32,7 +32,9 @@ class Api:
         if self.fails_with:
             return web.json_response({"message": "failed calling webhook"}, status=self.fails_with)
         if self.is_governed:
-            decision = decide(pod, namespace="trial", policy=NamespacePolicy.OPTIONAL, profiles={}, template=TEMPLATE)
+            decision = decide(
+                pod, namespace="trial", policy=NamespacePolicy.OPTIONAL, profiles={}, template=TEMPLATE, nonce="n"
+            )
             if isinstance(decision, Deny):
                 return web.json_response({"message": decision.message}, status=403)
             if isinstance(decision, Inject):

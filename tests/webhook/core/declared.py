@@ -1,0 +1,46 @@
+"""What injection may change of a pod, said a second time and independently: `rest` is all that must come out as it went in."""
+
+from typing import Any
+
+OURS = {"sidegate", "sidegate-net", "sidegate-relay"}
+VOLUMES = {"sidegate-spiffe", "sidegate-cache", "sidegate-no-token", "sidegate-relay"}
+PROXY = {"HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"}
+SECRET = {"name": "sidegate"}  # of the cases that pull with one
+RELAY = "/.sidegate/relay"
+
+
+def rest(pod: Any) -> Any:
+    """Return *pod* without our own parts, and its containers without what a page of the reference says we change."""
+    metadata = {
+        key: value for key, value in (pod.get("metadata") or {}).items() if key not in ("labels", "annotations")
+    }
+    for field, ours in (("labels", "sidegate.dev/injected"), ("annotations", "sidegate.dev/status")):
+        kept = {key: value for key, value in ((pod.get("metadata") or {}).get(field) or {}).items() if key != ours}
+        metadata |= {field: kept} if kept else {}
+    spec = dict(pod["spec"])
+    for field in ("initContainers", "containers"):
+        spec[field] = [_container(each) for each in spec.get(field) or () if each["name"] not in OURS]
+    spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in VOLUMES]
+    spec["imagePullSecrets"] = [each for each in spec.get("imagePullSecrets") or () if each != SECRET]
+    return {**pod, "metadata": metadata, "spec": {key: value for key, value in spec.items() if value != []}}
+
+
+def _container(each: Any) -> Any:
+    """Probes and HTTP hooks without their target, ports without their names, an agent's proxy, a stdio server's relay."""
+    kept = dict(each)
+    for field in ("startupProbe", "livenessProbe", "readinessProbe"):
+        if isinstance(kept.get(field), dict):
+            kept[field] = {k: v for k, v in kept[field].items() if k not in ("httpGet", "tcpSocket", "grpc")}
+    if isinstance(kept.get("lifecycle"), dict):
+        kept["lifecycle"] = {
+            hook: {k: v for k, v in what.items() if k != "httpGet"} if isinstance(what, dict) else what
+            for hook, what in kept["lifecycle"].items()
+        }
+    if kept.get("ports"):
+        kept["ports"] = [{k: v for k, v in port.items() if k != "name"} for port in kept["ports"]]
+    if kept.get("env"):
+        kept["env"] = [variable for variable in kept["env"] if variable["name"] not in PROXY]
+    if (kept.get("command") or [""])[0] == RELAY:
+        kept["command"] = kept["command"][3:]
+        kept["volumeMounts"] = [mount for mount in kept["volumeMounts"] if mount["name"] not in VOLUMES]
+    return {key: value for key, value in kept.items() if value != []}
