@@ -20,6 +20,7 @@ USER_ID: Final = 15100  # refused for application containers: they could read th
 PREFIX: Final = "SIDEGATE_"
 # Kubernetes' own variables for a Service whose name begins with `sidegate`: a tenant's Service must not stop a pod.
 _SERVICE_LINK: Final = re.compile(r"SIDEGATE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+_HTTP: Final = re.compile(r"https?://[!-~]+")
 _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://.*")  # what a link named like one of our ports holds
 
 
@@ -45,6 +46,13 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+class ShipFormat(StrEnum):
+    """As what audit lines are sent on."""
+
+    OTLP = "otlp"  # OTLP/HTTP log records, in JSON
+    LINES = "lines"  # a POST of the lines themselves
 
 
 def _one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
@@ -78,6 +86,21 @@ def port_number(text: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
         raise ValueError("a port from 0 to 65535 (0: any free one)")
     return int(text)
+
+
+def _size(low: int, high: int) -> Callable[[str], float]:
+    parse = number(low, high)
+
+    def size(text: str) -> float:
+        return 0.0 if text == "0" else parse(text)
+
+    return size
+
+
+def _url(text: str) -> str:
+    if text and not _HTTP.fullmatch(text):
+        raise ValueError("an http or https URL")
+    return text
 
 
 def setting_of(parse: Callable[[str], Any], meaning: str, *, default: Any) -> Any:
@@ -115,6 +138,13 @@ class Settings:
     bundle_dir: str = setting_of(str, "Directory in which the last good bundle is kept.", default="")
     bundle_max_age_s: float = setting_of(number(0, 2**31), "Seconds after which a bundle that could not be confirmed is no longer enforced and calls are refused; 0: never.", default=0.0)  # fmt: skip # noqa: E501
     audit_sink: str = setting_of(str, "Where audit records go: stdout, or the path of a file.", default="stdout")
+    audit_keep_bytes: float = setting_of(_size(2**20, 2**44), "Bytes of audit files that are kept, in eight files at most: the oldest make room; 0: one file, which grows.", default=0.0)  # fmt: skip # noqa: E501
+    audit_file_age_s: float = setting_of(number(0, 2**31), "Seconds after which an audit file is ended and the next one begun; 0: never.", default=0.0)  # fmt: skip # noqa: E501
+    audit_ship: str = setting_of(_url, "URL to which the lines of the audit file are sent, in order, until they are taken: a base URL for otlp, else where to POST; empty: nobody.", default="")  # fmt: skip # noqa: E501
+    audit_ship_format: ShipFormat = setting_of(_one_of(ShipFormat), "As what: log records of OTLP/HTTP, or the lines themselves.", default=ShipFormat.OTLP)  # fmt: skip # noqa: E501
+    audit_ship_id: str = setting_of(str, "SPIFFE ID pattern that the receiver must show, and we show ours; empty: HTTPS as the web has it, or none.", default="")  # fmt: skip # noqa: E501
+    audit_ship_ca_file: str = setting_of(str, "CA certificates (PEM) of a receiver that is known by its host name; empty: the system's.", default="")  # fmt: skip # noqa: E501
+    audit_ship_token_file: str = setting_of(str, "File with a bearer token for the receiver, read anew for each batch; empty: none.", default="")  # fmt: skip # noqa: E501
     otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver when the bundle names none; empty: spans are counted and dropped.", default="")  # fmt: skip # noqa: E501
     probes: str = setting_of(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
     drain_s: float = setting_of(number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip

@@ -52,7 +52,8 @@ class Exchange:
     admission: Admission | None = None
     refusal: Refusal | None = None
     judged_s: float = 0.0  # seconds from the first line to the admission or refusal
-    upstream_s: float | None = None  # seconds from sending to the answer; None: never sent
+    sent_s: float | None = None  # seconds from the first line to handing it to the server; None: never sent
+    upstream_s: float | None = None  # seconds from the first line to the answer's; None: never sent
     total_s: float = 0.0
     status: int = 0  # HTTP status that the client got
     removed: tuple[str, ...] = ()  # headers that said who the user is; the server never sees them
@@ -64,6 +65,7 @@ class Exchange:
     tool_failed: bool = False
     hidden: int = 0  # list items that the principal may not see
     outbound: Outbound | None = None  # in agent role
+    recorded: bytes | None = None  # its arguments as the audit keeps them, once that was worked out
     aborted: str | None = None  # why the answer did not reach its end: client gone, upstream cut, drained
 
     @property

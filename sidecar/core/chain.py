@@ -3,7 +3,8 @@
 Each line names its chain (one life of one sidecar), its place in it and the SHA-256 of the line before. Checkpoints among
 them are signed with the SVID's key as JWS (RFC 7515, `x5c`): who rewrites the file and every link after it still cannot
 sign. What follows the last checkpoint is linked and not yet covered; a trail that was cut there looks like one that goes on,
-unless its chain was closed. Refuses nothing: `verify` tells what it found. Pure.
+unless its chain was closed. A call that was begun and has no end was cut off by a kill, or is under way: that is told, and
+is no fault of the trail. Refuses nothing: `verify` tells what it found. Pure.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,8 @@ import orjson
 
 SCHEMA: Final = "sidegate.audit.chain/v1"
 NOTHING: Final = "0" * 64  # stands for the line before the first
+FAMILY: Final = "sidegate.audit"  # of all our schemas
+BEGINNINGS: Final = (b'{"time":"', b'{"schema":"sidegate.audit')  # of our lines, by which one cut short is known
 TORN: Final = 16  # bytes of a line that was begun anew; fewer could be anybody's
 
 
@@ -107,6 +110,8 @@ class Report:
 
     chains: dict[str, State] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    begun: dict[str, int] = field(default_factory=dict)  # by span id, the line: calls that have no end
+    torn: list[int] = field(default_factory=list)  # lines of which only the beginning was written
     other_lines: int = 0  # that belong to no chain: a sidecar's log on the same stream
 
     @property
@@ -123,13 +128,21 @@ def verify(lines: Iterable[bytes], verifier: Verifier | None) -> Report:
         line = raw.removesuffix(b"\n")
         found = _read(line)
         if found is None:
+            if line and any(line.startswith(each[: len(line)]) for each in BEGINNINGS):
+                report.torn.append(number)
             report.other_lines += 1
             torn = line
             continue
         if torn and len(torn) >= TORN and line.startswith(torn):  # its rest could not be written; here it is again
             report.other_lines -= 1
+            report.torn = [each for each in report.torn if each != number - 1]
         torn = b""
         document, link = found
+        match document:
+            case {"phase": "begin", "span_id": str(span_id)}:
+                report.begun[span_id] = number
+            case {"phase": "end", "span_id": str(span_id)}:
+                report.begun.pop(span_id, None)
         for what in _judged(document, link, report.chains, last, verifier):
             report.findings.append(Finding(line=number, what=what))
         last = report.chains[link.id].hash = hash_of(line)

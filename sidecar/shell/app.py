@@ -39,10 +39,12 @@ from sidecar.shell.probes import decode as decode_probes
 from sidecar.shell.providers import Providers
 from sidecar.shell.secrecy import forbid_dumps
 from sidecar.shell.serving import Serving
+from sidecar.shell.shipping import Shipping, opened
 from sidecar.shell.snapshot import Snapshots
 from sidecar.shell.stdio import Stdio
 from sidecar.shell.svid import WorkloadIdentity
 from sidecar.shell.tracing import Tracing
+from sidecar.shell.trail import File, Output
 from sidecar.shell.upstream import Upstream
 from sidecar.shell.ways import Ways
 
@@ -62,6 +64,7 @@ class App:
         self._bundle = bundle
         self._command = command
         self._probes = decode_probes(settings.probes)
+        self._shipping: tuple[Shipping, ...] = ()  # at most one
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
@@ -76,7 +79,8 @@ class App:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        self._audit = Audit(settings.audit_sink, sign=self._sign)
+        trail = opened(settings)
+        self._audit = Audit(trail or Output(), sign=self._sign)
         self._metrics = Metrics()
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
             self._tracing = Tracing(session, endpoint=settings.otlp_endpoint)
@@ -98,6 +102,7 @@ class App:
                 resolve=self._resolve,
                 why_not_ready=self._why_not_ready,
                 credentials=Credentials(self._oauth, self._signer),
+                announce=self._audit.begin,
             )
             hosts = frozenset(each.strip().lower() for each in settings.hosts.split(",") if each.strip())
             self._snapshots = Snapshots(self._serving, hosts=hosts, work_dir=settings.bundle_dir or None)
@@ -113,6 +118,7 @@ class App:
                 if self._bundle is None:
                     self._bundles = BundleSource(settings, session, identity.client, self._activate)
                     background.append(tasks.create_task(self._bundles.run()))
+            background += [tasks.create_task(each.run()) for each in self._ship(trail, identity)]
             if self._bundle is not None:
                 await self._activate(self._bundle)
             listener = self._listener(tasks)
@@ -133,6 +139,8 @@ class App:
                 task.cancel()
             await health.cleanup()
         self._audit.close()
+        for each in self._shipping:
+            await each.flush()
 
     # readiness
 
@@ -151,7 +159,7 @@ class App:
         if missing and not self._providers.keys_held and self._is_user_required:
             found["providers"] = "; ".join(f"{name}: {why}" for name, why in missing.items())
         if self._audit.failed:
-            found["audit"] = "the last record could not be written"
+            found["audit"] = "calls cannot be recorded: the sink fails, or is full"
         return found
 
     @property
@@ -175,6 +183,11 @@ class App:
         return WorkloadIdentity(
             self._settings, on_refused=self._handshake_refused, use_tokens=self._snapshots.use_tokens
         )
+
+    def _ship(self, trail: File | None, identity: WorkloadIdentity | None) -> tuple[Shipping, ...]:
+        if trail is not None and self._settings.audit_ship:
+            self._shipping = (Shipping(self._settings, trail, None if identity is None else identity.client),)
+        return self._shipping
 
     async def _activate(self, bundle: Bundle) -> None:
         await self._snapshots.activate(bundle)

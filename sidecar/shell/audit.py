@@ -1,66 +1,84 @@
 """Writes the audit trail: one line for each exchange, handed to the kernel before the answer's last byte is.
 
-Nothing is batched: a crash loses no record of what was answered, for 1.4 us a write. Writing blocks: a disk or log
-reader that stalls holds the calls up, because the other choice would be to answer unrecorded. A sink that fails raises
-nothing: its records wait here, up to a bound, and `failed` says so for readiness. Lines are chained, and the chain is
-signed now and then (sidecar/core/chain.py); what was lost for want of space is said in the chain, not hidden by it.
+And one more for each call that may change something, before it is sent (`begin`); a call that cannot be recorded is not
+sent, unless the profile says otherwise. Nothing is batched: a crash loses no record of what was answered. Writing blocks:
+a disk or log reader that stalls holds the calls up, because the other choice would be to answer unrecorded. A sink that
+fails raises nothing at the end of a call: its records wait here, up to a bound. Lines are chained, and the chain is signed
+now and then (sidecar/core/chain.py); what was lost for want of space is said in the chain, not hidden by it.
 """
 
 import logging
-import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from sidecar.core.chain import NOTHING, Chain, Event, event_line, hash_of
+from sidecar.core.chain import Chain, Event, event_line
+from sidecar.core.message import Message, Shape
+from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.record import line, timestamp
+from sidecar.record import Phase, line, timestamp
+from sidecar.shell.trail import Sink
 
 log = logging.getLogger(__name__)
 
-STDOUT: Final = "stdout"
 MAX_WAITING: Final = 1000  # records while the sink fails, about 2 MB; then the oldest are lost, and counted
 CHECKPOINT_LINES: Final = 1000  # a signature costs as much as ten records
 CHECKPOINT_S: Final = 60.0  # with the next record after that; what is not written needs no cover
-MAX_LAST_LINE_BYTES: Final = 2**20  # of a file that is gone on with; a record is a few tens of kilobytes at most
-_STDOUT_FD: Final = 1
-_MODE: Final = 0o640  # the shipping agent reads it through its group
+RETRY_S: Final = 5  # what a caller is told to wait for: disks are cleaned and receivers restarted in minutes
 
 Signer = Callable[[dict[str, Any]], str | None]
 
 
 class Audit:
-    """Appends to *sink*: `stdout`, or the path of a file; raises OSError when it cannot be opened.
-
-    *sign* makes the JWS of a checkpoint's claims, or None when there is no key at the moment.
+    """Appends to *sink*. *sign* makes the JWS of a checkpoint's claims, or None when there is no key at the moment.
 
     Attributes:
         records: how many were written.
         failures: how often a write failed.
-        lost: how many records were never written.
+        lost: how many records were never written, or deleted before anybody had them.
     """
 
-    def __init__(self, sink: str, *, sign: Signer = lambda _: None) -> None:
-        after = NOTHING if sink == STDOUT else _last_hash(sink)
-        self._fd = _STDOUT_FD if sink == STDOUT else os.open(sink, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _MODE)
+    def __init__(self, sink: Sink, *, sign: Signer = lambda _: None) -> None:
+        self._sink = sink
         self._sign = sign
-        self._chain = Chain(secrets.token_hex(16), after=after)
+        self._chain = Chain(secrets.token_hex(16), after=sink.last_hash)
         self._waiting: deque[bytes] = deque()
-        self._is_torn = False  # the last line was written in part: the next must not be glued to it
         self._since_checkpoint = 0
         self._checkpoint_at_s = time.monotonic() + CHECKPOINT_S
+        self._may_drop = False  # as the profile says that judged last
         self.records = 0
         self.failures = 0
         self.lost = 0
 
     @property
     def failed(self) -> bool:
-        """Return whether records wait, after trying again: who is not ready gets no calls that would try."""
+        """Return whether calls are refused for want of a record, after trying again: who is not ready gets none."""
         self._write_waiting()
-        return bool(self._waiting)
+        return self._is_stuck and not self._may_drop
+
+    @property
+    def _is_stuck(self) -> bool:
+        return bool(self._waiting) or self._sink.is_full
+
+    def begin(self, exchanges: Sequence[Exchange]) -> None:
+        """Write that *exchanges*, all of one body, are about to be sent, those of which the profile wants it.
+
+        Raises Refusal(NOT_READY) where that fails or their end could not be written, unless records may be dropped.
+        """
+        profile = exchanges[0].profile
+        audit = None if profile is None else profile.audit
+        self._may_drop = audit is not None and audit.when_full == "drop"
+        if self._is_stuck and self.failed:
+            raise _unrecorded()
+        for exchange in exchanges:
+            if audit is not None and _is_begun(exchange.message, audit.before):
+                self._waiting.append(line(exchange, Phase.BEGIN))
+                self._write_waiting()
+                if self._waiting and not self._may_drop:
+                    self._waiting.pop()  # it is not sent; that it was refused is recorded at its end
+                    raise _unrecorded()
 
     def observe(self, exchange: Exchange) -> None:
         """Write the record of *exchange*."""
@@ -70,10 +88,9 @@ class Audit:
             self._mark(Event.CHECKPOINT)
 
     def close(self) -> None:
-        """Close the chain, and the file; standard output stays open."""
+        """Close the chain, and the sink."""
         self._mark(Event.CLOSED)
-        if self._fd != _STDOUT_FD:
-            os.close(self._fd)
+        self._sink.close()
 
     def _mark(self, event: Event) -> None:
         """Sign what was written, unless records wait or nobody can sign."""
@@ -109,24 +126,21 @@ class Audit:
     def _pass(self, text: bytes) -> None:
         """Write *text* with its place in the chain; it takes the place only when it was written whole."""
         sealed = self._chain.sealed(text)
-        self._write(sealed)
+        dropped = self._sink.write(sealed, may_drop=self._may_drop)
         self._chain.passed(sealed)
-
-    def _write(self, record: bytes) -> None:
-        """Write *record* in one call; a full disk or pipe may take only a part, and then the rest is tried."""
-        left = b"\n" + record if self._is_torn else record
-        while left:
-            written = os.write(self._fd, left)
-            left = left[written:]
-            self._is_torn = bool(left)
+        if dropped:
+            self.lost += dropped
+            log.error("audit records deleted before they were shipped", extra={"records": dropped})
 
 
-def _last_hash(path: str) -> str:
-    """Return the hash of the last line of *path*, which a new chain is begun behind; raises OSError."""
-    file = Path(path)
-    if not file.is_file():  # there is none yet, or it is a pipe or a device, which would be read for ever
-        return NOTHING
-    with file.open("rb") as kept:
-        kept.seek(max(0, file.stat().st_size - MAX_LAST_LINE_BYTES))
-        lines = kept.read(MAX_LAST_LINE_BYTES).splitlines()
-    return hash_of(lines[-1]) if lines else NOTHING
+def _is_begun(message: Message | None, before: str) -> bool:
+    """Say whether a message is recorded before it is sent; what a server says of its tools is not believed."""
+    if message is None or before == "off":
+        return False
+    return before == "all" or (message.method == "tools/call" and message.shape is Shape.REQUEST)
+
+
+def _unrecorded() -> Refusal:
+    return Refusal(
+        Reason.NOT_READY, "the call cannot be recorded", detail="the audit sink fails", retry_after_s=RETRY_S
+    )

@@ -429,7 +429,8 @@ class Errand:
         if connection.body or connection.method in ("POST", "PUT", "PATCH"):
             lines.append(b"content-length: %d" % len(connection.body))
         self._call = Call(self, b"\r\n".join([*lines, b"", connection.body]))
-        exchange.judged_s = self._egress.serving.clock() - exchange.clock_s
+        exchange.judged_s = exchange.sent_s = self._egress.serving.clock() - exchange.clock_s
+        self._egress.serving.announce((exchange,))
         exchange.outbound.server = self._outgoing.carry(self._call, route)
         if exchange.outbound.server is None:
             self._egress.spawn(self._dial(self._call, route, exchange.outbound))

@@ -89,8 +89,12 @@ class Serving:
         resolve: Callable[[Unresolved], Coroutine[Any, Any, Refusal | None]],
         why_not_ready: Callable[[], str | None],
         credentials: CredentialsSource | None = None,
+        announce: Callable[[Sequence[Exchange]], None] = lambda _: None,
     ) -> None:
-        """*resolve* asks a provider; *credentials* None: the server learns nothing of the user."""
+        """*resolve* asks a provider; *credentials* None: the server learns nothing of the user.
+
+        *announce* is told of exchanges of one body before it is sent, and raises Refusal where it must not be.
+        """
         self.snapshot: Snapshot | None = None
         self.memory = Memory()
         self.connections: set[Any] = set()
@@ -102,6 +106,7 @@ class Serving:
         self._spawn = spawn
         self._resolve = resolve
         self._credentials = credentials
+        self.announce = announce
         self._why_not_ready = why_not_ready
 
     clock = staticmethod(time.monotonic)
@@ -212,8 +217,8 @@ class Serving:
                 return
             exchange.credentials = credentials
         try:
-            self._send(admission, exchange, requester)
-        except Refusal as refusal:  # the way is barred: a session whose process has ended, too many processes
+            self._send(admission, exchanges, requester)
+        except Refusal as refusal:  # the way is barred: a session whose process has ended, too many processes, no record
             self._not_sent(exchanges, requester, refusal)
 
     async def _fetch_and_send(
@@ -225,7 +230,7 @@ class Serving:
             assert self._credentials is not None  # noqa: S101 - it asked for this
             first.credentials = await self._credentials.fetch(first, identity)
             if not requester.is_over:  # the client may have gone while we waited
-                self._send(admission, first, requester)
+                self._send(admission, exchanges, requester)
         except Refusal as refusal:
             self._not_sent(exchanges, requester, refusal)
         except Exception:
@@ -242,7 +247,11 @@ class Serving:
             each.refusal, each.admission = refusal, None
         requester.refuse(refusal if len(exchanges) == 1 else None)
 
-    def _send(self, admission: Admission, exchange: Exchange, requester: Requester) -> None:
+    def _send(self, admission: Admission, exchanges: Sequence[Exchange], requester: Requester) -> None:
+        exchange, now_s = exchanges[0], time.monotonic()
+        for each in exchanges:
+            each.sent_s = now_s - each.clock_s
+        self.announce(exchanges)
         stream = self._stream_of(exchange)
         if stream is not None:
             stream.expect(exchange)

@@ -16,7 +16,7 @@ from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscrip
 from sidecar.core.profile import Audit
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange, Outbound
-from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, record, timestamp
+from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, timestamp
 from tests.sidecar.exchanges import (
     AGENT,
     STARTED_NS,
@@ -328,4 +328,4 @@ def test_what_a_message_is_about_is_named(target: Target, member: str, value: An
     """Bounded, and without what opens anything."""
     message = Message(shape=Shape.REQUEST, method="x", id=1, target=target, params={})
 
-    assert record(an_exchange(message))["message"][member] == value
+    assert _written(an_exchange(message))["message"][member] == value

@@ -298,12 +298,17 @@ def _limit(name: str, spec: LimitSpec) -> Limit:
     )
 
 
+_BEFORE: Final = ("off", "changes", "all")
+
+
 def _audit(profile: ServerProfileSpec | None, default: Audit) -> Audit:
-    """Return what is recorded: less content and more redaction than the cluster's default, never the reverse."""
+    """Return what is recorded: less content, more redaction and more records than the cluster's default, never less."""
     if profile is None:
         return default
     wish = profile.audit
     return Audit(
+        before=max((default.before, wish.before or default.before), key=_BEFORE.index),
+        when_full="refuse" if "refuse" in (wish.when_full, default.when_full) else "drop",
         arguments="hash" if "hash" in (wish.arguments, default.arguments) else "full",
         results="hash" if "hash" in (wish.results, default.results) else "full",
         redact=tuple(dict.fromkeys((*default.redact, *wish.redact))),

@@ -129,8 +129,10 @@ class AgentSpec(Record, frozen=True, kw_only=True):
 
 
 class AuditSpec(Record, frozen=True, kw_only=True):
-    """What audit records hold."""
+    """What audit records hold, and when they are written."""
 
+    before: Literal["off", "changes", "all"] | None = None
+    when_full: Literal["refuse", "drop"] | None = None
     arguments: Literal["full", "hash"] | None = None
     results: Literal["full", "hash"] | None = None
     redact: tuple[Name, ...] = ()

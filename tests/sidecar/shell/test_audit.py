@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.core.chain import verify
-from sidecar.shell.audit import STDOUT, Audit
+from sidecar.shell.audit import Audit
+from sidecar.shell.trail import File, Output
 from tests.sidecar.exchanges import a_call, a_refused_exchange, an_exchange
 
 
@@ -19,7 +20,7 @@ def _lines(path: Path) -> list[bytes]:
 def test_each_exchange_is_on_disk_when_observe_returns(tmp_path: Path) -> None:
     """Nothing is batched: a crash right after loses nothing."""
     sink = tmp_path / "audit.jsonl"
-    audit = Audit(str(sink))
+    audit = Audit(File(str(sink)))
 
     for count, exchange in enumerate((an_exchange(), a_refused_exchange()), start=1):
         audit.observe(exchange)
@@ -32,7 +33,7 @@ def test_restart_appends(tmp_path: Path) -> None:
     """A file that is there is kept."""
     sink = tmp_path / "audit.jsonl"
     for _ in range(2):
-        audit = Audit(str(sink))
+        audit = Audit(File(str(sink)))
         audit.observe(an_exchange())
         audit.close()
 
@@ -41,14 +42,14 @@ def test_restart_appends(tmp_path: Path) -> None:
 
 def test_file_is_not_for_everybody(tmp_path: Path) -> None:
     """Records hold arguments: others must not read them."""
-    Audit(str(tmp_path / "audit.jsonl")).close()
+    Audit(File(str(tmp_path / "audit.jsonl"))).close()
 
     assert (tmp_path / "audit.jsonl").stat().st_mode & 0o007 == 0
 
 
 def test_stdout_gets_the_line(capfd: pytest.CaptureFixture[str]) -> None:
     """The default sink; closing leaves standard output open."""
-    audit = Audit(STDOUT)
+    audit = Audit(Output())
     audit.observe(an_exchange())
     audit.close()
     os.write(1, b"still open\n")
@@ -60,7 +61,7 @@ def test_stdout_gets_the_line(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_full_disk_is_counted_and_shown_and_never_raised() -> None:
     """/dev/full answers every write with ENOSPC."""
-    audit = Audit("/dev/full")
+    audit = Audit(File("/dev/full"))
 
     audit.observe(an_exchange())
 
@@ -71,7 +72,7 @@ def test_full_disk_is_counted_and_shown_and_never_raised() -> None:
 
 def test_records_wait_for_the_sink_to_recover(tmp_path: Path) -> None:
     """Asking for `failed` tries again: a sidecar that is not ready gets no calls that would."""
-    audit = Audit("/dev/full")
+    audit = Audit(File("/dev/full"))
     audit.observe(an_exchange(status=200))
     audit.observe(an_exchange(status=201))
     _redirect(audit, tmp_path / "audit.jsonl")
@@ -85,7 +86,7 @@ def test_records_wait_for_the_sink_to_recover(tmp_path: Path) -> None:
 def test_waiting_records_are_bounded_and_losses_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink that is gone for good must not fill the memory."""
     monkeypatch.setattr("sidecar.shell.audit.MAX_WAITING", 3)
-    audit = Audit("/dev/full")
+    audit = Audit(File("/dev/full"))
 
     for _ in range(5):
         audit.observe(an_exchange())
@@ -94,19 +95,24 @@ def test_waiting_records_are_bounded_and_losses_counted(monkeypatch: pytest.Monk
     audit.close()
 
 
+def _descriptor(audit: Audit) -> int:
+    assert isinstance(audit._sink, Output)
+    return audit._sink.fd
+
+
 def _redirect(audit: Audit, path: Path) -> None:
     """Let the sink's descriptor lead to *path*, as when space is made on a full disk."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, audit._fd)
+    os.dup2(file, _descriptor(audit))
     os.close(file)
 
 
 def test_line_after_a_torn_one_starts_anew(tmp_path: Path) -> None:
     """A sink that took half a line must not make the next one unreadable."""
-    audit = Audit(str(tmp_path / "audit.jsonl"))
+    audit = Audit(File(str(tmp_path / "audit.jsonl")))
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    os.dup2(write_end, audit._fd)
+    os.dup2(write_end, _descriptor(audit))
     _leave_one_page(read_end, write_end)
 
     audit.observe(an_exchange(a_call("t", {"a": "x" * 7000}), status=500))
@@ -137,14 +143,14 @@ def _drain(read_end: int) -> bytes:
 def test_sink_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
     """A path that is wrong is the operator's to correct, at once."""
     with pytest.raises(FileNotFoundError):
-        Audit(str(tmp_path / "missing" / "audit.jsonl"))
+        File(str(tmp_path / "missing" / "audit.jsonl"))
 
 
 def test_a_life_is_a_chain_that_begins_behind_the_last(tmp_path: Path) -> None:
     """So that a whole life cannot be taken out of a file."""
     sink = tmp_path / "audit.jsonl"
     for _ in range(2):
-        audit = Audit(str(sink), sign=lambda _: "signature")
+        audit = Audit(File(str(sink)), sign=lambda _: "signature")
         audit.observe(an_exchange())
         audit.close()
 
@@ -159,7 +165,7 @@ def test_checkpoints_are_signed_after_so_many_lines(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("sidecar.shell.audit.CHECKPOINT_LINES", 2)
     sink = tmp_path / "audit.jsonl"
     key: list[str] = []
-    audit = Audit(str(sink), sign=lambda _: key[0] if key else None)
+    audit = Audit(File(str(sink)), sign=lambda _: key[0] if key else None)
     for _ in range(4):
         audit.observe(an_exchange())
     key.append("signature")
@@ -174,7 +180,7 @@ def test_checkpoints_are_signed_after_so_many_lines(tmp_path: Path, monkeypatch:
 def test_lost_records_are_said_in_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gap would look like tampering, and silence like completeness."""
     monkeypatch.setattr("sidecar.shell.audit.MAX_WAITING", 2)
-    audit = Audit("/dev/full", sign=lambda _: "signature")
+    audit = Audit(File("/dev/full"), sign=lambda _: "signature")
     for _ in range(4):
         audit.observe(an_exchange())
     _redirect(audit, tmp_path / "audit.jsonl")

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from certs.authority import Authority
 from certs.statement import sign
 from sidecar.shell.audit import Audit
+from sidecar.shell.trail import File
 from tests.certs.pki import NOW, an_authority
 from tests.certs.test_statement import an_svid
 from tests.sidecar.exchanges import a_refused_exchange, an_exchange
@@ -26,7 +27,7 @@ def trail(tmp_path: Path, authority: Authority) -> Path:
     """Return a trail of two lives of one sidecar, each signed for at its end."""
     path, svid = tmp_path / "audit.jsonl", an_svid(authority)
     for _ in range(2):
-        audit = Audit(str(path), sign=lambda claims: sign(claims, svid, now=NOW))
+        audit = Audit(File(str(path)), sign=lambda claims: sign(claims, svid, now=NOW))
         audit.observe(an_exchange())
         audit.observe(a_refused_exchange())
         audit.close()
