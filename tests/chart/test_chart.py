@@ -305,14 +305,19 @@ def test_one_replica_is_warned_of() -> None:
     assert one(MINIMAL, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
-def test_the_uninstall_hook_can_delete_one_object() -> None:
-    """It runs our own image, with one right on one name."""
+def test_the_uninstall_hook_can_delete_what_refuses_pods() -> None:
+    """It runs our own image, with one right on the names that it is called with."""
     role = one(MINIMAL, "ClusterRole", "sidegate-removal")
     (process,) = pods(MINIMAL)[1]["containers"]
-    name = one(MINIMAL, "MutatingWebhookConfiguration")["metadata"]["name"]
+    allowed = {
+        f"{kind}/{name}" for rule in role["rules"] for kind in rule["resources"] for name in rule["resourceNames"]
+    }
 
-    assert [(rule["verbs"], rule["resourceNames"]) for rule in role["rules"]] == [(["delete"], [name])]
-    assert process["command"] == ["python", "-m", "webhook.shell.removal", name]
+    assert {tuple(rule["verbs"]) for rule in role["rules"]} == {("delete",)}
+    assert process["command"][:3] == ["python", "-m", "webhook.shell.removal"]
+    assert set(process["command"][3:]) == allowed
+    made = {f"{each['kind'].lower()}s/{each['metadata']['name']}" for each in manifests(MINIMAL)}
+    assert allowed <= made
     assert process["image"] == pods(MINIMAL)[0]["containers"][0]["image"]
 
 

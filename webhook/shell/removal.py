@@ -1,7 +1,8 @@
-"""Deletes the webhook configuration before an uninstall: `python -m webhook.shell.removal NAME`, a Helm hook.
+"""Deletes what refuses pods before an uninstall: `python -m webhook.shell.removal KIND/NAME...`, a Helm hook.
 
-Without it the API server would go on asking a control plane that is gone, and refuse pods of governed namespaces.
-Ends well whatever happens, and says so: a hook that fails would hold up the uninstall that it serves.
+Without it the API server would go on asking a control plane that is gone, or miss its work in pods of governed
+namespaces, until helm came to those objects. Ends well whatever happens, and says so: a hook that fails would hold up
+the uninstall that it serves.
 """
 
 import asyncio
@@ -13,35 +14,37 @@ from typing import Final
 from webhook.errors import KubeError
 from webhook.shell.kube import Kube
 
-PATH: Final = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
+PATH: Final = "/apis/admissionregistration.k8s.io/v1"
+KINDS: Final = ("validatingadmissionpolicybindings", "mutatingwebhookconfigurations")
 
 
-async def remove(kube: Kube, name: str) -> str:
-    """Delete the configuration; return one line saying what came of it."""
+async def remove(kube: Kube, thing: str) -> str:
+    """Delete *thing*, plural and name; return one line saying what came of it."""
     try:
-        await kube.delete(f"{PATH}/{name}")
+        await kube.delete(f"{PATH}/{thing}")
     except KubeError as error:
         if error.status == 404:
-            return f"webhook configuration {name}: already gone"
-        return f"webhook configuration {name}: not deleted: {error}; hint: kubectl delete mutatingwebhookconfiguration {name}"
-    return f"webhook configuration {name}: deleted"
+            return f"{thing}: already gone"
+        return f"{thing}: not deleted: {error}; hint: kubectl delete {thing}"
+    return f"{thing}: deleted"
 
 
-async def _perform(name: str) -> str:
+async def _perform(things: Sequence[str]) -> list[str]:
     try:
         kube = await Kube.open()
     except KubeError as error:
-        return f"webhook configuration {name}: not deleted: {error}"
+        return [f"{thing}: not deleted: {error}" for thing in things]
     async with contextlib.aclosing(kube):
-        return await remove(kube, name)
+        return [await remove(kube, thing) for thing in things]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Delete the configuration that is named; return 0, or 2 without one name."""
-    if len(arguments) != 1:
-        print("usage: python -m webhook.shell.removal NAME", file=sys.stderr)  # noqa: T201
+    """Delete what is named; return 0, or 2 for anything but names of these kinds."""
+    if not arguments or not all(each.partition("/")[0] in KINDS for each in arguments):
+        print(f"usage: python -m webhook.shell.removal KIND/NAME...; kinds are {', '.join(KINDS)}", file=sys.stderr)  # noqa: T201
         return 2
-    print(asyncio.run(_perform(arguments[0])))  # noqa: T201 - a hook speaks through its log
+    for line in asyncio.run(_perform(arguments)):
+        print(line)  # noqa: T201 - a hook speaks through its log
     return 0
 
 
