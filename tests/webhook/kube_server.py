@@ -6,6 +6,7 @@ What it does is what the API documentation says of the real one; tests/e2e meets
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,6 +26,7 @@ class KubeServer:
         self.version = 100
         self.events: list[tuple[str, str, Any]] = []  # collection, type, object
         self.requests: list[str] = []
+        self.patches: list[tuple[str, Any]] = []  # path and body
         self.oldest = 0  # versions below are gone
         self.fail_next: list[int] = []  # HTTP statuses to answer with first
         self._changed = asyncio.Event()
@@ -99,6 +101,8 @@ class KubeServer:
                 return self._create(request, await request.json())
             case "PUT":
                 return self._replace(request, await request.json())
+            case "PATCH" if request.content_type == "application/merge-patch+json":
+                return self._merge_object(request.path, await request.json())
             case "PATCH":
                 return self._merge(request, await request.json())
         return _status(405, "no")
@@ -128,6 +132,20 @@ class KubeServer:
         if held["metadata"]["resourceVersion"] != item["metadata"].get("resourceVersion"):
             return _status(409, "the object has been modified")
         return web.json_response(self.put(collection, item, name))
+
+    def _merge_object(self, path: str, change: Any) -> web.Response:
+        """Merge into an object, which may be kept in the collection of all namespaces; of `/status`, only the status."""
+        path, is_status = path.removesuffix("/status"), path.endswith("/status")
+        collection, _, key = path.rpartition("/")
+        if collection not in self.objects:
+            root, namespace, plural = re.sub(r"/namespaces/([^/]+)/([^/]+)$", r" \1 \2", f"{collection}").split(" ")
+            collection, key = f"{root}/{plural}", f"{namespace}/{key}"
+        held = self.objects.get(collection, {}).get(key)
+        if held is None:
+            return _status(404, "not found")
+        self.patches.append((f"{collection}/{key}", change))
+        change = {"status": change["status"]} if is_status else change
+        return web.json_response(self.put(collection, _merged(held, change), key))
 
     def _merge(self, request: web.Request, change: Any) -> web.Response:
         """Merge `webhooks` by name, as the real server does for this kind; nothing else is needed."""
@@ -162,6 +180,14 @@ class KubeServer:
             await changed.wait()
         await _send(response, "BOOKMARK", {"metadata": {"resourceVersion": str(version)}})
         return response
+
+
+def _merged(held: Any, change: Any) -> Any:
+    """Merge as RFC 7396 says."""
+    if not isinstance(change, dict) or not isinstance(held, dict):
+        return change
+    merged = held | {key: _merged(held.get(key), value) for key, value in change.items()}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 async def _send(response: web.StreamResponse, kind: str, item: Any) -> None:
