@@ -10,10 +10,12 @@ from typing import Final
 from certs.spiffe import SpiffeId
 from sidecar.core.authorise import Agent, Difference, Permit
 from sidecar.core.connection import Connection, Headers
+from sidecar.core.content import Found
 from sidecar.core.identity import Principal
-from sidecar.core.limits import Admission
+from sidecar.core.limits import Admission, Reservation
 from sidecar.core.message import Message, RequestId
 from sidecar.core.profile import Profile
+from sidecar.core.trace import TraceContext
 from sidecar.errors import Refusal
 
 NOBODY: Final = Agent()  # says nothing of itself
@@ -41,6 +43,7 @@ class Exchange:
     trace_id: str
     span_id: str
     parent_id: str | None = None
+    link: TraceContext | None = None  # of the HTTP request, where the message has another parent
     sampled: bool = True
     session_id: str | None = None
     agent: Agent = NOBODY
@@ -49,6 +52,8 @@ class Exchange:
     message: Message | None = None
     permit: Permit | None = None
     shadow: tuple[Difference, ...] = ()  # policies in shadow mode that would have decided otherwise
+    content: tuple[Found, ...] = ()  # what content rules found in the message and in what came back
+    reservation: Reservation | None = None  # while the store of global limits has still to speak
     admission: Admission | None = None
     refusal: Refusal | None = None
     judged_s: float = 0.0  # seconds from the first line to the admission or refusal

@@ -8,16 +8,18 @@ the batch is sent only when all of them passed. The way back is sidecar/core/ans
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Final, Protocol
 
-from sidecar.core import metadata
+from sidecar.core import limits, metadata
 from sidecar.core.agreement import ParamHeaders
 from sidecar.core.agreement import check as check_agreement
 from sidecar.core.authorise import Agent, Engine, Permit, Question, Shadow, authorise, differing
 from sidecar.core.connection import RESERVED_PREFIX, Connection, forged_headers
+from sidecar.core.content import compiled
 from sidecar.core.document import malformed
 from sidecar.core.identity import Trust, authenticate
-from sidecar.core.limits import Admission, Buckets, admit, give_back
+from sidecar.core.limits import Admission, Judgement, Ledger, Reservation, admit, give_back
 from sidecar.core.message import Message, Shape, Subscription, Task, parse, parse_any
 from sidecar.core.origin import check_host, check_origin
 from sidecar.core.origin import preflight as grant
@@ -27,8 +29,9 @@ from sidecar.core.profile import Profile
 from sidecar.core.replies import Response
 from sidecar.core.revision import CLIENT, UNSAID, Revision, of_header
 from sidecar.core.scopes import require_scopes
+from sidecar.core.screening import screen
 from sidecar.core.session import Session, Sessions
-from sidecar.core.trace import of_message
+from sidecar.core.trace import TraceContext, of_message
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 
@@ -63,7 +66,7 @@ class Memory:
     """What outlives a request. Mutated by the functions of this module only."""
 
     sessions: Sessions = field(default_factory=Sessions)
-    buckets: Buckets = field(default_factory=Buckets)
+    ledger: Ledger = field(default_factory=Ledger)
     tasks: Owned = field(default_factory=tasks)
     asked: Pending = field(default_factory=Pending)  # requests of the server that were passed on to a client
     calls: Pending = field(default_factory=Pending)  # requests of clients without a session that are under way
@@ -82,8 +85,9 @@ class Observer(Protocol):
 class Batch:
     """The messages of one body, each with its own exchange; none is sent unless all may be."""
 
-    exchanges: tuple[Exchange, ...]  # with its admission, or with its refusal
-    admission: Admission | None  # of one of them, which stands for the body that holds all; None: some were refused
+    exchanges: tuple[Exchange, ...]  # with its admission or reservation, or with its refusal
+    # Of one of them, which stands for the body that holds all; None: some were refused.
+    admission: Admission | Reservation | None
 
 
 def judge(
@@ -94,8 +98,10 @@ def judge(
     now_s: float,
     clock_s: float,
     begin: Callable[[Connection], Exchange] | None = None,
-) -> Admission | Batch:
+) -> Admission | Reservation | Batch:
     """Return the admission of the exchange's message; raises Refusal. *exchange* is filled in on the way.
+
+    A Reservation, alone or in a batch, becomes an admission by `settle`.
 
     *now_s* is Unix time (tokens, certificates, policies), *clock_s* the monotonic clock (limits). *begin* makes the
     exchanges of a batch's other messages; without it batches are refused.
@@ -111,7 +117,13 @@ def judge(
     found = read(connection, snapshot)
     if isinstance(found, Message):
         exchange.message = found
-        return _admit(exchange, _authorise(exchange, snapshot, memory), snapshot, memory, clock_s)
+        permit = _authorise(exchange, snapshot, memory)
+        if snapshot.profile.content:
+            _screen((exchange,), snapshot, memory)
+            if exchange.refusal is not None:
+                raise exchange.refusal
+            permit = exchange.permit or permit
+        return _admit(exchange, permit, snapshot, memory, clock_s)
     if begin is None:
         raise malformed("a batch is not accepted here: send one message per request")
     _session(exchange, memory)  # HTTP says that a session is over, once for all messages
@@ -123,9 +135,7 @@ def _authorise(exchange: Exchange, snapshot: Snapshot, memory: Memory) -> Permit
     connection, principal, message = exchange.connection, exchange.principal, exchange.message
     assert principal is not None  # noqa: S101 - for the type checker: the stages before set both
     assert message is not None  # noqa: S101 - same
-    context = of_message(message.params)
-    if context is not None:
-        exchange.trace_id, exchange.parent_id, exchange.sampled = context.trace_id, context.parent_id, context.sampled
+    adopt(exchange, of_message(message.params))
     version = connection.values.get(VERSION)  # known to be given once
     exchange.protocol_version = None if version is None else version.decode("latin-1")
     check_agreement(connection, message, memory.param_headers)
@@ -150,16 +160,57 @@ def _authorise(exchange: Exchange, snapshot: Snapshot, memory: Memory) -> Permit
     return permit
 
 
-def _admit(exchange: Exchange, permit: Permit, snapshot: Snapshot, memory: Memory, clock_s: float) -> Admission:
-    """Return the admission for *permit*; raises Refusal(THROTTLED)."""
+def adopt(exchange: Exchange, context: TraceContext | None) -> None:
+    """Hang *exchange* under *context*, which its message carries itself; what the request said of it becomes a link."""
+    if context is None:
+        return
+    if exchange.parent_id not in (None, context.parent_id):
+        exchange.link = TraceContext(
+            trace_id=exchange.trace_id, parent_id=exchange.parent_id or "", sampled=exchange.sampled
+        )
+    exchange.trace_id, exchange.parent_id, exchange.sampled = context.trace_id, context.parent_id, context.sampled
+
+
+def _admit(
+    exchange: Exchange, permit: Permit, snapshot: Snapshot, memory: Memory, clock_s: float
+) -> Admission | Reservation:
+    """Return the admission or reservation for *permit*; raises Refusal(THROTTLED)."""
     message = permit.question.message
-    admission = exchange.admission = admit(permit, snapshot.profile.limits, memory.buckets, clock_s)
+    size_bytes = len(exchange.connection.body)  # of a batch: the whole, for each of its messages
+    admission = admit(permit, snapshot.profile.limits, memory.ledger, clock_s, size_bytes)
+    if isinstance(admission, Reservation):
+        exchange.reservation = admission
+    else:
+        exchange.admission = admission
     if message.id is not None:
         if message.shape is Shape.RESPONSE:
             memory.asked.remove(scope(exchange), message.id)  # once answered, a second answer has nothing to answer
         elif _is_cancelled_by_id(exchange, message):
             memory.calls.add(scope(exchange), message.id)
     return admission
+
+
+def _screen(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory) -> None:
+    """Screen the content of what was authorised; what was masked is new, and authorised again. Sets refusals."""
+    content = compiled(snapshot.profile.content)
+    messages = [exchange.message for exchange in exchanges if exchange.message is not None]
+    if content is None or not exchanges[0].connection.body:
+        return
+    sent = screen(exchanges[0].connection, messages, content)
+    for exchange, found, refusal in zip(exchanges, sent.found, sent.refusals, strict=True):
+        exchange.content, exchange.refusal = found, refusal
+    if sent.connection is exchanges[0].connection or any(sent.refusals):
+        return
+    made = read(sent.connection, snapshot)
+    for exchange, message in zip(exchanges, made if isinstance(made, tuple) else (made,), strict=True):
+        exchange.connection, exchange.permit = sent.connection, None
+        try:
+            if isinstance(message, Refusal):
+                raise message
+            exchange.message = message
+            _authorise(exchange, snapshot, memory)
+        except Refusal as refusal:
+            exchange.refusal = refusal
 
 
 def _judge_batch(
@@ -180,15 +231,18 @@ def _judge_batch(
             _authorise(exchange, snapshot, memory)
         except Refusal as refusal:
             exchange.refusal = refusal
+    if snapshot.profile.content and all(exchange.refusal is None for exchange in exchanges):
+        _screen(exchanges, snapshot, memory)
     if all(exchange.refusal is None for exchange in exchanges):
         _admit_all(exchanges, snapshot, memory, clock_s)
     if any(exchange.refusal is not None for exchange in exchanges):
         for exchange in exchanges:
-            exchange.admission = None
+            exchange.admission = exchange.reservation = None
             exchange.refusal = exchange.refusal or Refusal(
                 Reason.NOT_SENT, "not sent: another message of the batch was refused"
             )
-    return Batch(exchanges=tuple(exchanges), admission=first.admission)
+    waiting = next((each.reservation for each in exchanges if each.reservation is not None), None)
+    return Batch(exchanges=tuple(exchanges), admission=waiting or first.admission)
 
 
 def _admit_all(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory, clock_s: float) -> None:
@@ -200,10 +254,39 @@ def _admit_all(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory
         except Refusal as refusal:
             exchange.refusal = refusal
             for before in exchanges[:number]:
-                assert before.admission is not None  # noqa: S101 - same
-                give_back(before.admission, snapshot.profile.limits, memory.buckets, clock_s)
+                withdraw(before)
                 undo(before, memory)
             return
+
+
+def settle(exchanges: Sequence[Exchange], judgements: Sequence[Judgement] | None, clock_s: float) -> Admission:
+    """Return the admission of the first of *exchanges*, which are all of a body; raises Refusal(THROTTLED).
+
+    *judgements* are the store's, of all that their reservations share; None: the store is away. When one is refused,
+    nothing stays charged.
+    """
+    said = None if judgements is None else iter(judgements)
+    try:
+        for exchange in exchanges:
+            reservation = exchange.reservation
+            if reservation is not None:
+                own = None if said is None else tuple(islice(said, len(reservation.shared)))
+                exchange.admission = limits.settle(reservation, own, clock_s)
+                exchange.reservation = None
+    except Refusal:
+        for exchange in exchanges:
+            withdraw(exchange)
+        raise
+    admission = exchanges[0].admission
+    assert admission is not None  # noqa: S101 - for the type checker: it was there, or has just come
+    return admission
+
+
+def withdraw(exchange: Exchange) -> None:
+    """Give back what *exchange* was charged here: its message is not sent."""
+    held = exchange.admission or exchange.reservation
+    if held is not None:
+        give_back(held.charges)
 
 
 def undo(exchange: Exchange, memory: Memory) -> None:
@@ -354,8 +437,11 @@ def remember(exchange: Exchange, status: int, session_id: str | None, memory: Me
 
 def release(exchange: Exchange, memory: Memory) -> None:
     """Forget what was kept while *exchange* was under way; it is over."""
-    message = exchange.message
-    if exchange.admission is None or message is None or message.id is None or message.shape is not Shape.REQUEST:
+    message, held = exchange.message, exchange.admission or exchange.reservation
+    if held is None:
+        return
+    limits.release(held.charges)
+    if message is None or message.id is None or message.shape is not Shape.REQUEST:
         return
     if _is_cancelled_by_id(exchange, message):
         memory.calls.remove(scope(exchange), message.id)

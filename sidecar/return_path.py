@@ -9,12 +9,13 @@ from hashlib import sha256
 from typing import Final
 
 from sidecar.core.authorise import authorise
-from sidecar.core.limits import admit
+from sidecar.core.limits import Reservation, admit, give_back, release, settle
 from sidecar.core.message import Message, RequestId, Shape
 from sidecar.core.review import Seen
+from sidecar.core.trace import of_message
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Memory, Snapshot, scope
+from sidecar.pipeline import Memory, Snapshot, adopt, scope
 
 MAX_KEPT_BYTES: Final = 2**20  # of a result for the audit record; a longer one is known by size and hash
 
@@ -22,6 +23,7 @@ MAX_KEPT_BYTES: Final = 2**20  # of a result for the audit record; a longer one 
 def note(seen: Seen, exchange: Exchange, memory: Memory) -> None:
     """Keep what *seen* says, a message that came on the way back of *exchange* or answers it."""
     exchange.hidden += seen.hidden
+    exchange.content += seen.found
     if seen.tools:
         memory.param_headers.learn(seen.tools)
     if seen.task_id is not None and exchange.principal is not None:
@@ -57,7 +59,17 @@ def judge_ask(
     assert carrier.permit is not None  # noqa: S101 - nothing comes back without
     question = replace(carrier.permit.question, message=message, time_ns=exchange.started_ns)
     exchange.message = message
+    adopt(exchange, of_message(message.params))
     permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)
-    exchange.admission = admit(permit, snapshot.profile.limits, memory.buckets, clock_s)
+    found = admit(permit, snapshot.profile.limits, memory.ledger, clock_s)
+    if isinstance(found, Reservation):
+        # The answer to the client cannot wait for the store: what the limit says of its absence holds.
+        try:
+            found = settle(found, None, clock_s)
+        except Refusal:
+            give_back(found.charges)
+            raise
+    exchange.admission = found
+    release(found.charges)  # what is under way is the call that it belongs to
     if message.id is not None:
         memory.asked.add(scope(carrier), message.id)

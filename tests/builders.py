@@ -116,7 +116,7 @@ def a_permit(
 
 def an_admission(message: Message | bytes = b"") -> Admission:
     """Proof that *message* may be sent."""
-    return Admission(permit=a_permit(message), limits=())
+    return Admission(permit=a_permit(message))
 
 
 def an_exchange(connection: Connection | None = None, *, message: Message | None = None) -> Exchange:

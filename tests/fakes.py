@@ -17,6 +17,7 @@ from sidecar.core.message import Tool
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Snapshot
 from sidecar.shell.listener import Listener
+from sidecar.shell.quota import Store
 from sidecar.shell.serving import Serving
 from sidecar.shell.stdio import Stdio
 from sidecar.shell.upstream import Upstream
@@ -260,6 +261,7 @@ async def a_path(
     tls: ssl.SSLContext | None = None,
     max_connections: int = 64,
     make_stdio: Callable[[Callable[[Coroutine[Any, Any, None]], object]], Stdio] | None = None,
+    store: Store | None = None,
 ) -> AsyncIterator[Path]:
     """Run the real inbound path with *snapshot*; a key that is missing is found when the test sets `key_found`.
 
@@ -283,7 +285,9 @@ async def a_path(
             spawn=tasks.create_task,
             resolve=find_key,
             why_not_ready=why_not_ready,
+            store=store,
         )
+        asking = None if store is None else tasks.create_task(store.run())
         serving.snapshot = snapshot
         listener = Listener(
             serving,
@@ -301,6 +305,8 @@ async def a_path(
         finally:
             key_found.set()
             accepting.cancel()
+            if asking is not None:
+                asking.cancel()
             for connection in tuple(serving.connections):
                 connection.abort()
             await eventually(lambda: not serving.connections, what="the sidecar's connections to be closed")

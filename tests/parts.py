@@ -402,6 +402,10 @@ PARTS: Mapping[str, Part] = {
         recipe=DebianTree(packages=("buildah",), programs=(("buildah", "usr/bin/buildah"),)), path="bin/buildah"
     ),
     "nginx": Part(recipe=DebianTree(packages=("nginx",), programs=(("nginx", "usr/sbin/nginx"),)), path="bin/nginx"),
+    "redis-server": Part(
+        recipe=DebianTree(packages=("redis-server",), programs=(("redis-server", "usr/bin/redis-server"),)),
+        path="bin/redis-server",
+    ),
     "wrk": Part(recipe=DebianTree(packages=("wrk",), programs=(("wrk", "usr/bin/wrk"),)), path="bin/wrk"),
     # Root trees of images: the machine reaches no image registry.
     "busybox-root": Part(recipe=DebianTree(packages=("base-files", "busybox-static", "iptables", "nftables"))),

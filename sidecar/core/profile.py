@@ -38,6 +38,9 @@ Detected = Literal[
     "us-ssn",
 ]  # sidecar/core/detectors.py
 Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
+Units = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
+Period = Literal["minute", "hour", "day", "week", "month"]
+Part = Literal["user", "workload", "session", "agent_session", "tool", "server"]  # of what has an account of its own
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -169,20 +172,94 @@ class AgentRole(Record, frozen=True, kw_only=True):
     servers: tuple[Destination, ...] = ()
 
 
+class Quota(Record, frozen=True, kw_only=True):
+    """At most `amount` units in any stretch of the period's length; a month is 30 days."""
+
+    amount: Units
+    period: Period
+    warn_at_percent: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=99)], ...], msgspec.Meta(max_length=8)] = ()
+
+
+class ArgumentWeight(Record, frozen=True, kw_only=True):
+    """A tool's call costs a unit for each `per` of the number at `path`, or of the length of the list there."""
+
+    tool: str
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=253)]  # dots step into objects
+    per: Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)] = 1.0
+    maximum: Units  # what a call costs whose argument is absent, negative, no number or more than that
+
+
+class Weight(Record, frozen=True, kw_only=True):
+    """What a message costs, in units."""
+
+    default: Units = 1
+    tools: dict[str, Units] = {}
+    arguments: Annotated[tuple[ArgumentWeight, ...], msgspec.Meta(max_length=64)] = ()
+
+
 class Limit(Record, frozen=True, kw_only=True):
-    """A token bucket for each combination of `per`."""
+    """What each combination of `per` may do: at a rate, within quotas, at a time, in one message. Some of the four."""
 
     name: str
-    rate_per_s: Rate
-    burst: Annotated[int, msgspec.Meta(ge=1)]
-    per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
+    rate_per_s: Rate | None = None  # units that come into the token bucket
+    burst: Units | None = None  # units that the bucket holds
+    quotas: Annotated[tuple[Quota, ...], msgspec.Meta(max_length=5)] = ()  # one for each period
+    concurrent: Units | None = None  # messages under way, until the end of their answers
+    max_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 * 2**20)] | None = None  # of a body
+    per: tuple[Part, ...] = ("user", "workload")
     methods: tuple[str, ...] = ("tools/call",)
     tools: tuple[str, ...] = ()  # empty: every tool
+    weight: Weight = Weight()
+    mode: Literal["enforce", "shadow"] = "enforce"  # shadow: counted, and nothing is refused for it
+    scope: Literal["pod", "global"] = "pod"  # global: all replicas together, by the store
+    when_unavailable: Literal["closed", "open", "local"] = "closed"  # what holds while the store does not answer
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None  # local: each grants this part of the limit
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, in the words of MCPLimit; decoding turns ValueError into its own error."""
+        capacities = {f"quotas of a {each.period}": each.amount for each in self.quotas}
+        if self.burst is not None:
+            capacities["burst"] = self.burst
+        if (self.rate_per_s is None) != (self.burst is None):
+            raise ValueError("ratePerSecond and burst go together")
+        if not capacities and self.concurrent is None and self.max_bytes is None:
+            raise ValueError("at least one of ratePerSecond, quotas, concurrent and maxBytes is needed")
+        if len({each.period for each in self.quotas}) < len(self.quotas):
+            raise ValueError("quotas: one for each period")
+        if self.weight != Weight() and not capacities:
+            raise ValueError("weight: needs ratePerSecond or quotas, which are counted in units")
+        if len({each.tool for each in self.weight.arguments}) < len(self.weight.arguments):
+            raise ValueError("weight.arguments: one for each tool")
+        strange = {*self.weight.tools, *(each.tool for each in self.weight.arguments)} - set(self.tools)
+        if self.tools and strange:
+            raise ValueError(f"weight: {', '.join(sorted(strange))} is none of tools")
+        if (self.scope == "pod") and (self.when_unavailable != "closed" or self.replicas is not None):
+            raise ValueError("whenUnavailable and replicas: only with scope global")
+        if (self.when_unavailable == "local") != (self.replicas is not None):
+            raise ValueError("replicas and whenUnavailable local go together")
+        self._check_room(capacities)
+
+    def _check_room(self, capacities: dict[str, int]) -> None:
+        """Refuse limits within which the heaviest message never fits."""
+        weight, shares = self.weight, self.replicas or 1
+        heaviest = max(1, weight.default, *weight.tools.values(), *(each.maximum for each in weight.arguments))
+        for name, amount in capacities.items():
+            if amount < heaviest:
+                raise ValueError(f"{name}: {amount} units, and one message can cost {heaviest}: it would never pass")
+            if amount // shares < heaviest:
+                raise ValueError(
+                    f"{name}: {amount} units of {shares} replicas are {amount // shares} for each, and one message can"
+                    f" cost {heaviest}: raise it, or take whenUnavailable closed or open"
+                )
+        if self.concurrent is not None and self.concurrent < shares:
+            raise ValueError(f"concurrent: {self.concurrent} of {shares} replicas is less than one for each")
 
 
 class Audit(Record, frozen=True, kw_only=True):
-    """What an audit record holds of a call's content; sizes and hashes are always there."""
+    """What an audit record holds of a call's content; sizes and hashes are always there. And when there is one."""
 
+    before: Literal["off", "changes", "all"] = "changes"  # one more record before sending: never, of tools/call, always
+    when_full: Literal["refuse", "drop"] = "refuse"  # what no record can be kept of: not sent, or sent and counted
     arguments: Literal["full", "hash"] = "full"
     results: Literal["full", "hash"] = "full"
     redact: tuple[str, ...] = ("password", "secret", "token", "api_key", "authorization")  # field names, any depth
@@ -212,6 +289,7 @@ class Telemetry(Record, frozen=True, kw_only=True):
 
     otlp_endpoint: str | None = None  # base URL of an OTLP/HTTP receiver, as OTEL_EXPORTER_OTLP_ENDPOINT
     content: bool = False  # tool arguments and results on spans (opt-in by the semantic conventions)
+    sample_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None  # of traces begun here; None: OTEL_TRACES_SAMPLER
 
 
 class PolicySet(Record, frozen=True, kw_only=True):

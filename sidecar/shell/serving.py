@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 from sidecar.core import trace
 from sidecar.core.answer import Answer
-from sidecar.core.authorise import Engine
+from sidecar.core.authorise import Engine, Permit
 from sidecar.core.connection import Connection, Headers
+from sidecar.core.content import compiled
 from sidecar.core.filters import Reader
 from sidecar.core.identity import UnknownToken, Unresolved
-from sidecar.core.limits import Admission
+from sidecar.core.limits import Admission, Charge, Judgement, Reservation
 from sidecar.core.message import Message, Shape
 from sidecar.core.profile import Identity, Server
 from sidecar.core.replies import Response
@@ -25,7 +26,19 @@ from sidecar.core.review import Seen
 from sidecar.core.workload import HEADER
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Batch, Memory, Observer, Snapshot, answered, judge, release, remember, undo
+from sidecar.pipeline import (
+    Batch,
+    Memory,
+    Observer,
+    Snapshot,
+    answered,
+    judge,
+    release,
+    remember,
+    settle,
+    undo,
+    withdraw,
+)
 from sidecar.return_path import judge_ask, note, open_endpoint
 from sidecar.shell import tracing
 from sidecar.shell.streams import Stream
@@ -73,6 +86,24 @@ class CredentialsSource(Protocol):
         ...
 
 
+class LimitsStore(Protocol):
+    """Judges limits of scope global for all replicas (sidecar/shell/quota.py)."""
+
+    is_up: bool  # it answered lately; otherwise nobody waits for it
+
+    async def ask(self, charges: Sequence[Charge], namespace: str) -> tuple[Judgement, ...] | None:
+        """Return what it says of *charges*; None when it does not answer in time."""
+        ...
+
+    def give_back(self, charges: Sequence[Charge], namespace: str) -> None:
+        """Return what it took for *charges*."""
+        ...
+
+    def end(self, charges: Sequence[Charge]) -> None:
+        """Know that the messages of *charges* are no longer under way."""
+        ...
+
+
 def _fault() -> Refusal:
     return Refusal(Reason.FAULT, "internal error", detail="see the sidecar's log")
 
@@ -80,7 +111,7 @@ def _fault() -> Refusal:
 class Serving:
     """Owned by sidecar/shell/app.py, which sets `snapshot`; mutated by the inbound connections."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what every call passes through
         self,
         *,
         upstream: Way,
@@ -89,11 +120,14 @@ class Serving:
         resolve: Callable[[Unresolved], Coroutine[Any, Any, Refusal | None]],
         why_not_ready: Callable[[], str | None],
         credentials: CredentialsSource | None = None,
+        store: LimitsStore | None = None,
         announce: Callable[[Sequence[Exchange]], None] = lambda _: None,
+        context: Callable[[Exchange], bytes] = tracing.traceparent,
     ) -> None:
-        """*resolve* asks a provider; *credentials* None: the server learns nothing of the user.
+        """*resolve* asks a provider; *credentials* None: the server learns nothing of the user; *store* None: it is away.
 
         *announce* is told of exchanges of one body before it is sent, and raises Refusal where it must not be.
+        *context* makes the `traceparent` for the server; empty: it gets none.
         """
         self.snapshot: Snapshot | None = None
         self.memory = Memory()
@@ -106,6 +140,8 @@ class Serving:
         self._spawn = spawn
         self._resolve = resolve
         self._credentials = credentials
+        self._store = store
+        self.context = context
         self.announce = announce
         self._why_not_ready = why_not_ready
 
@@ -205,6 +241,52 @@ class Serving:
         else:
             admission = found
         exchanges = found.exchanges if isinstance(found, Batch) else (exchange,)
+        if not isinstance(admission, Reservation):
+            self._prepare_and_send(admission, exchanges, requester, snapshot)
+        elif self._store is not None and self._store.is_up:
+            self._spawn(self._ask_and_send(self._store, exchanges, requester, snapshot))
+        else:
+            self._settle_and_send(None, exchanges, requester, snapshot)
+
+    async def _ask_and_send(
+        self, store: LimitsStore, exchanges: Sequence[Exchange], requester: Requester, snapshot: Snapshot
+    ) -> None:
+        """Settle by what the store says, and send; or refuse."""
+        shared = [charge for each in exchanges if each.reservation is not None for charge in each.reservation.shared]
+        namespace = snapshot.profile.server.namespace
+        try:
+            self._settle_and_send(await store.ask(shared, namespace), exchanges, requester, snapshot)
+        except Exception:
+            # The last resort, as in `_admit`.
+            log.exception("asking the limits store failed")
+            self._not_sent(exchanges, requester, _fault())
+        if requester.is_over and all(each.sent_s is None for each in exchanges):  # the client went while we waited
+            for each in exchanges:
+                withdraw(each)
+            store.give_back(shared, namespace)
+
+    def _settle_and_send(
+        self,
+        judgements: Sequence[Judgement] | None,
+        exchanges: Sequence[Exchange],
+        requester: Requester,
+        snapshot: Snapshot,
+    ) -> None:
+        try:
+            admission = settle(exchanges, judgements, time.monotonic())
+        except Refusal as refusal:
+            self._not_sent(exchanges, requester, refusal)
+            return
+        for each in exchanges:
+            each.judged_s = time.monotonic() - each.clock_s
+        if not requester.is_over:
+            self._prepare_and_send(admission, exchanges, requester, snapshot)
+
+    def _prepare_and_send(
+        self, admission: Admission, exchanges: Sequence[Exchange], requester: Requester, snapshot: Snapshot
+    ) -> None:
+        """Send what was admitted with what the server gets of the user; or refuse."""
+        exchange = exchanges[0]
         if self._credentials is not None:
             profile = snapshot.profile
             try:
@@ -244,7 +326,8 @@ class Serving:
             return
         for each in exchanges:
             undo(each, self.memory)
-            each.refusal, each.admission = refusal, None
+            self._end(each)
+            each.refusal, each.admission, each.reservation = refusal, None, None
         requester.refuse(refusal if len(exchanges) == 1 else None)
 
     def _send(self, admission: Admission, exchanges: Sequence[Exchange], requester: Requester) -> None:
@@ -255,7 +338,7 @@ class Serving:
         stream = self._stream_of(exchange)
         if stream is not None:
             stream.expect(exchange)
-        traceparent = tracing.traceparent(exchange)
+        traceparent = self.context(exchange)
         requester.forward(self._upstream.send(admission, exchange, requester, traceparent=traceparent))
 
     def _refuse(self, exchange: Exchange, requester: Requester, refusal: Refusal) -> None:
@@ -274,11 +357,23 @@ class Serving:
     def answer(self, exchange: Exchange) -> Answer:
         """Return what judges the way back of *exchange*, which was sent."""
         assert exchange.permit is not None  # noqa: S101 - nothing is sent without
-        reader = Reader(permit=exchange.permit, engines=self.engines, tasks=self.memory.tasks)
         question = exchange.permit.question
+        reader = self._reader(exchange.permit)
         is_announcing = question.server.transport == "sse" and question.message.shape is Shape.OPEN_STREAM
         stream_path = exchange.connection.path if is_announcing else None
         return Answer(reader, partial(self._ask, exchange), stream_path=stream_path)
+
+    def _reader(self, permit: Permit) -> Reader:
+        content = None if self.snapshot is None else compiled(self.snapshot.profile.content)
+        if self.snapshot is None or content is None:
+            return Reader(permit=permit, engines=self.engines, tasks=self.memory.tasks)
+        return Reader(
+            permit=permit,
+            engines=self.engines,
+            tasks=self.memory.tasks,
+            screen=content.answered(permit.question.message),
+            denied=self.snapshot.profile.denied,
+        )
 
     def note(self, seen: Seen, exchange: Exchange, stream: Stream | None = None) -> None:
         """Keep what *seen* says, a message on the way back of *exchange*; answer the server where it does not pass."""
@@ -381,7 +476,13 @@ class Serving:
     def _conclude(self, exchange: Exchange) -> None:
         self.in_flight -= 1
         release(exchange, self.memory)
+        self._end(exchange)
         self._tell(exchange)
+
+    def _end(self, exchange: Exchange) -> None:
+        """Tell the store that *exchange* is no longer under way."""
+        if self._store is not None and exchange.admission is not None:
+            self._store.end(exchange.admission.charges)
 
     def _tell(self, exchange: Exchange) -> None:
         for observer in self._observers:

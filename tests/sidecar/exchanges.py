@@ -13,9 +13,9 @@ from sidecar.core.authorise import Agent, Permit, Question
 from sidecar.core.claims import User
 from sidecar.core.connection import Connection
 from sidecar.core.identity import Principal
-from sidecar.core.limits import Admission
+from sidecar.core.limits import Admission, Charge, Rule
 from sidecar.core.message import Message, parse
-from sidecar.core.profile import Audit, Profile, Server, Telemetry
+from sidecar.core.profile import Audit, Limit, Profile, Server, Telemetry
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 
@@ -34,6 +34,14 @@ ALICE = User(
     claims={"sub": "alice", "secret-claim": "not for the record"},
     expires_at_s=STARTED_NS / 1e9 + 300,
 )
+
+
+def a_charge() -> Charge:
+    """Return what a call cost under a limit."""
+    rule = Rule(Limit(name="per-user", rate_per_s=1.0, burst=10), room=1)
+    charge = Charge(rule, "alice", 1, None)
+    charge.remaining, charge.is_taken = 9.0, True
+    return charge
 
 
 def a_profile(*, audit: Audit | None = None, telemetry: Telemetry | None = None) -> Profile:
@@ -91,7 +99,7 @@ def an_exchange(message: Message | None = None, *, profile: Profile | None = Non
         principal=principal,
         message=message,
         permit=permit,
-        admission=Admission(permit=permit, limits=("per-user",)),
+        admission=Admission(permit=permit, charges=(a_charge(),)),
         judged_s=0.000123,
         upstream_s=0.004,
         total_s=0.0045,

@@ -741,7 +741,7 @@ async def _play(events: list[str]) -> None:  # noqa: C901 - one small act for ea
         while serving.waiting:
             exchange, requester = serving.waiting.pop()
             if not requester.is_over:
-                exchange.admission = Admission(permit=a_permit(CALL), limits=())
+                exchange.admission = Admission(permit=a_permit(CALL))
                 call = ScriptedCall()
                 calls.append((call, requester))
                 requester.forward(call)
