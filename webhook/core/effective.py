@@ -19,7 +19,6 @@ from sidecar.core.profile import (
     Client,
     Destination,
     Identity,
-    Limit,
     Profile,
     Provider,
     Server,
@@ -161,7 +160,7 @@ def combine(
             ),
             identity=identity,
             limits=tuple(
-                _limit(key, spec) for key, spec in sorted(resources.limits.items()) if spec.selector.matches(pod.labels)
+                spec.limit(key) for key, spec in sorted(resources.limits.items()) if spec.selector.matches(pod.labels)
             ),
             audit=_audit(profile, defaults.audit),
             telemetry=_telemetry(profile, defaults.telemetry),
@@ -284,17 +283,6 @@ def _provider(reference: ProviderReference, providers: Mapping[str, IdentityProv
         introspection_endpoint=spec.introspection_endpoint,
         token_endpoint=spec.token_endpoint,
         client=None if spec.client is None else Client(**msgspec.structs.asdict(spec.client)),
-    )
-
-
-def _limit(name: str, spec: LimitSpec) -> Limit:
-    return Limit(
-        name=name,
-        rate_per_s=spec.rate_per_second,
-        burst=spec.burst,
-        per=spec.per,
-        methods=spec.methods,
-        tools=spec.tools,
     )
 
 

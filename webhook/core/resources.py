@@ -175,15 +175,72 @@ class ClusterPolicySpec(PolicySpec, frozen=True, kw_only=True):
     namespaces: tuple[Name, ...] = ()
 
 
+class QuotaSpec(Record, frozen=True, kw_only=True):
+    """At most `amount` units in any stretch of the period's length."""
+
+    amount: profile.Units
+    period: profile.Period
+    warn_at_percent: tuple[Annotated[int, msgspec.Meta(ge=1, le=99)], ...] = ()
+
+
+class ArgumentWeightSpec(Record, frozen=True, kw_only=True):
+    """A tool's call costs a unit for each `per` of an argument."""
+
+    tool: Name
+    path: Name
+    per: Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)] = 1.0
+    maximum: profile.Units
+
+
+class WeightSpec(Record, frozen=True, kw_only=True):
+    """What a message costs, in units."""
+
+    default: profile.Units = 1
+    tools: dict[str, profile.Units] = {}
+    arguments: tuple[ArgumentWeightSpec, ...] = ()
+
+
 class LimitSpec(Record, frozen=True, kw_only=True):
-    """`MCPLimit`: a token bucket for each combination of `per`."""
+    """`MCPLimit`: what each combination of `per` may do."""
 
     selector: Selector
-    rate_per_second: profile.Rate
-    burst: Annotated[int, msgspec.Meta(ge=1)]
-    per: tuple[Literal["user", "workload", "session", "tool"], ...] = ("user", "workload")
+    rate_per_second: profile.Rate | None = None
+    burst: profile.Units | None = None
+    quotas: tuple[QuotaSpec, ...] = ()
+    concurrent: profile.Units | None = None
+    max_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 * 2**20)] | None = None
+    per: tuple[profile.Part, ...] = ("user", "workload")
     methods: tuple[Name, ...] = ("tools/call",)
     tools: tuple[Name, ...] = ()
+    weight: WeightSpec = WeightSpec()
+    mode: Literal["enforce", "shadow"] = "enforce"
+    scope: Literal["pod", "global"] = "pod"
+    when_unavailable: Literal["closed", "open", "local"] = "closed"
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+
+    def limit(self, name: str) -> profile.Limit:
+        """Return the limit as sidecars read it; raises ValueError where it contradicts itself."""
+        weight = self.weight
+        return profile.Limit(
+            name=name,
+            rate_per_s=self.rate_per_second,
+            burst=self.burst,
+            quotas=tuple(profile.Quota(**msgspec.structs.asdict(each)) for each in self.quotas),
+            concurrent=self.concurrent,
+            max_bytes=self.max_bytes,
+            per=self.per,
+            methods=self.methods,
+            tools=self.tools,
+            weight=profile.Weight(
+                default=weight.default,
+                tools=weight.tools,
+                arguments=tuple(profile.ArgumentWeight(**msgspec.structs.asdict(each)) for each in weight.arguments),
+            ),
+            mode=self.mode,
+            scope=self.scope,
+            when_unavailable=self.when_unavailable,
+            replicas=self.replicas,
+        )
 
 
 class ClaimsSpec(Record, frozen=True, kw_only=True):
@@ -266,10 +323,19 @@ def decode(kind: Kind, resource: JSON, spec: type[Spec]) -> Spec:
                     raise BadResource(
                         label, f"spec.agent.servers[{index}].id: needed, as {server.host} is no Service of this cluster"
                     )
+        case LimitSpec():
+            _check_limit(label, decoded)
         case PolicySpec():
             if not (decoded.cedar or decoded.rego):
                 raise BadResource(label, "spec: one of cedar and rego must be given")
     return decoded
+
+
+def _check_limit(label: str, spec: LimitSpec) -> None:
+    try:
+        spec.limit("any")
+    except ValueError as error:  # it contradicts itself
+        raise BadResource(label, f"spec: {error}") from error
 
 
 def _check_pattern(label: str, field: str, pattern: str) -> None:

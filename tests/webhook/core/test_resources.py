@@ -7,11 +7,18 @@ import msgspec
 import pytest
 import yaml
 
+from sidecar.core import profile
 from webhook.core import resources
 from webhook.core.resources import KINDS, Kind, Selector
 from webhook.errors import BadResource
 
 CRDS = Path(__file__).parents[3] / "charts" / "sidegate" / "crds"
+
+
+RATE = {"ratePerSecond": 1, "burst": 10}
+QUOTA = {"amount": 100, "period": "day"}
+ROWS = {"tool": "query", "path": "rows", "maximum": 5}
+LOCAL = {"scope": "global", "whenUnavailable": "local"}
 
 
 def a_resource(**spec: Any) -> Any:
@@ -103,6 +110,30 @@ def test_selector_matches_as_kubernetes_does(selector: Any, labels: dict[str, st
         (resources.POLICY, {"selector": {}}, "one of cedar and rego"),
         (resources.LIMIT, {"selector": {}, "ratePerSecond": 0, "burst": 1}, "ratePerSecond"),
         (resources.LIMIT, {"selector": {}, "ratePerSecond": 9e-7, "burst": 1}, "ratePerSecond"),
+        (resources.LIMIT, {"selector": {}}, "at least one of ratePerSecond, quotas, concurrent and maxBytes"),
+        (resources.LIMIT, {"selector": {}, "burst": 1}, "ratePerSecond and burst go together"),
+        (resources.LIMIT, {"selector": {}, "quotas": [{"amount": 1, "period": "year"}]}, r"quotas\[.*period"),
+        (resources.LIMIT, {"selector": {}, "quotas": [QUOTA, QUOTA]}, "quotas: one for each period"),
+        (resources.LIMIT, {"selector": {}, "quotas": [{**QUOTA, "warnAtPercent": [100]}]}, "warnAtPercent"),
+        (resources.LIMIT, {"selector": {}, "concurrent": 0}, "concurrent"),
+        (resources.LIMIT, {"selector": {}, "maxBytes": 1, "weight": {"default": 2}}, "weight: needs ratePerSecond or"),
+        (
+            resources.LIMIT,
+            {"selector": {}, **RATE, "weight": {"tools": {"a": 11}}},
+            "burst: 10 units, and one message can",
+        ),
+        (
+            resources.LIMIT,
+            {"selector": {}, **RATE, "tools": ["b"], "weight": {"tools": {"a": 2}}},
+            "a is none of tools",
+        ),
+        (resources.LIMIT, {"selector": {}, **RATE, "weight": {"arguments": [ROWS, ROWS]}}, "one for each tool"),
+        (resources.LIMIT, {"selector": {}, **RATE, "per": ["team"]}, "team"),
+        (resources.LIMIT, {"selector": {}, **RATE, "replicas": 2}, "only with scope global"),
+        (resources.LIMIT, {"selector": {}, **RATE, "whenUnavailable": "open"}, "only with scope global"),
+        (resources.LIMIT, {"selector": {}, **RATE, "scope": "global", "whenUnavailable": "local"}, "replicas and"),
+        (resources.LIMIT, {"selector": {}, **RATE, **LOCAL, "replicas": 11}, "10 units of 11 replicas are 0 for each"),
+        (resources.LIMIT, {"selector": {}, "concurrent": 3, **LOCAL, "replicas": 4}, "less than one for each"),
         (resources.IDENTITY_PROVIDER, {"issuer": "ftp://x"}, "issuer"),
         (resources.IDENTITY_PROVIDER, {"issuer": "https://x", "algorithms": ["HS256"]}, "algorithms"),
     ],
@@ -145,3 +176,41 @@ def test_a_server_that_an_agent_could_not_recognise_is_refused(server: Any, why:
 
     with pytest.raises(BadResource, match=why):
         resources.decode(resources.SERVER_PROFILE, a_resource(**spec), resources.ServerProfileSpec)
+
+
+def test_a_limit_says_to_sidecars_what_its_author_wrote() -> None:
+    """Every field arrives, under the names of the profile."""
+    spec = {
+        "selector": {},
+        **RATE,
+        "quotas": [{**QUOTA, "warnAtPercent": [80]}],
+        "concurrent": 4,
+        "maxBytes": 1000,
+        "per": ["user", "agent_session", "server"],
+        "methods": ["tools/call"],
+        "tools": ["query"],
+        "weight": {"default": 1, "tools": {"query": 2}, "arguments": [{**ROWS, "per": 100}]},
+        "mode": "shadow",
+        **LOCAL,
+        "replicas": 2,
+    }
+    limit = resources.decode(resources.LIMIT, a_resource(**spec), resources.LimitSpec).limit("budget")
+
+    assert limit == profile.Limit(
+        name="budget",
+        rate_per_s=1.0,
+        burst=10,
+        quotas=(profile.Quota(amount=100, period="day", warn_at_percent=(80,)),),
+        concurrent=4,
+        max_bytes=1000,
+        per=("user", "agent_session", "server"),
+        tools=("query",),
+        weight=profile.Weight(
+            tools={"query": 2},
+            arguments=(profile.ArgumentWeight(tool="query", path="rows", per=100.0, maximum=5),),
+        ),
+        mode="shadow",
+        scope="global",
+        when_unavailable="local",
+        replicas=2,
+    )
