@@ -19,9 +19,11 @@ import orjson
 from certs.verify import Peer
 from sidecar.core.authorise import Agent
 from sidecar.core.claims import User
+from sidecar.core.content import ARGUMENTS, RESULT, compiled, summary
 from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscription, Task, Tool
 from sidecar.core.profile import Audit, Server
 from sidecar.core.redaction import Content, redact
+from sidecar.core.splicing import Scope
 from sidecar.exchange import Exchange, Outbound
 
 SCHEMA: Final = "sidegate.audit/v1"
@@ -136,6 +138,11 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
         "decision.shadow",
         "array",
         "Policies in shadow mode that would have decided otherwise: `policy`, and `allowed` by it.",
+    ),
+    (
+        "decision.content",
+        "array",
+        "What content rules found, and never the text itself: `rule`, `action`, `mode`, `where`, `count`.",
     ),
     ("decision.revision", "string", "Revision of the policy bundle that judged; empty when there was none."),
     ("limits", "array", "Limits from which the message took a token."),
@@ -389,15 +396,30 @@ def _arguments(exchange: Exchange, message: Message, audit: Audit) -> orjson.Fra
     if not isinstance(message.target, Tool | Prompt):
         return None
     if exchange.recorded is None:
-        content = redact(message.target.arguments, audit.redact)
+        content = arguments_of(exchange, message.target, audit)
         kept = {**_kept(content, audit.arguments, audit), "bytes": content.size_bytes, "sha256": content.sha256}
         exchange.recorded = _json(kept)
     return orjson.Fragment(exchange.recorded)
 
 
+def arguments_of(exchange: Exchange, target: Tool | Prompt, audit: Audit) -> Content:
+    """Return the arguments without what must not be kept."""
+    return _without_content(exchange, redact(target.arguments, audit.redact), ARGUMENTS)
+
+
+def _without_content(exchange: Exchange, content: Content, scope: Scope) -> Content:
+    """Return *content* without what content rules found in it."""
+    rules = None if exchange.profile is None or not exchange.content else compiled(exchange.profile.content)
+    if rules is None:
+        return content
+    where = "arguments" if scope is ARGUMENTS else "results"
+    data = rules.redacted(content.data, [each for each in exchange.content if each.where == where], scope)
+    return content if data == content.data else Content(data, content.size_bytes, redacted=True)
+
+
 def _decision(exchange: Exchange, outcome: str) -> Any:
     refusal, permit, shadow = exchange.refusal, exchange.permit, exchange.shadow
-    if refusal is None and permit is not None and not shadow:
+    if refusal is None and permit is not None and not shadow and not exchange.content:
         return _permitted(outcome, permit.policies, exchange.revision)
     return {
         "outcome": outcome,
@@ -405,13 +427,14 @@ def _decision(exchange: Exchange, outcome: str) -> Any:
         "detail": None if refusal is None else cut(refusal.detail or refusal.public),
         "policies": [] if permit is None else permit.policies,
         "shadow": [{"policy": each.policy, "allowed": each.allowed} for each in shadow],
+        "content": list(summary(exchange.content)),
         "revision": exchange.revision,
     }
 
 
 @lru_cache(maxsize=MAX_KEPT)
 def _permitted(outcome: str, policies: tuple[str, ...], revision: str) -> orjson.Fragment:
-    verdict: dict[str, Any] = {"outcome": outcome, "reason": None, "detail": None, "policies": policies, "shadow": []}
+    verdict: dict[str, Any] = {"outcome": outcome, "reason": None, "detail": None, "policies": policies, "shadow": [], "content": []}
     return _fragment({**verdict, "revision": revision})
 
 
@@ -440,7 +463,8 @@ def answer(exchange: Exchange, audit: Audit) -> Content | None:
         return None
     if not isinstance(document, dict):
         return None
-    return redact(document.get("result", document.get("error")), audit.redact)
+    kept = redact(document.get("result", document.get("error")), audit.redact)
+    return _without_content(exchange, kept, RESULT)
 
 
 def _kept(content: Content, how: str, audit: Audit) -> dict[str, Any]:

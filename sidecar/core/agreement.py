@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sidecar.core.connection import Connection
+from sidecar.core.connection import Connection, Headers
 from sidecar.core.message import Message, Prompt, Resource, Shape, Task, Tool
 from sidecar.errors import Reason, Refusal
 
@@ -147,6 +147,25 @@ def _repeats(header: bytes | None, argument: Any) -> bool:
 
 
 _NUMBER: Final = re.compile(r"-?\d{1,400}(\.\d{1,400})?([eE][+-]?\d{1,4})?", re.ASCII)  # as large as JSON's are here
+
+
+def repeated(headers: Headers, changes: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return *headers* in which those that repeat an argument repeat what *changes* (before, after) made of it."""
+    made = list(headers)
+    for old, new in changes:
+        text = old.decode(errors="replace")
+        for number, (name, value) in enumerate(made):
+            if name.startswith(PREFIX) and _says(value, text):
+                made[number] = (name, _written(new))
+    return made
+
+
+def _written(text: bytes) -> bytes:
+    """Return *text* as a header says it: in base64 where HTTP could not carry it."""
+    is_plain = text.isascii() and text.decode().isprintable() and text.strip() == text and not _SENTINEL.fullmatch(text)
+    return text if is_plain else b"=?base64?" + base64.b64encode(text) + b"?="
+
+
 _SENTINEL: Final = re.compile(rb"=\?base64\?(.*)\?=", re.DOTALL)  # this very spelling, or it is plain text
 
 

@@ -84,13 +84,18 @@ class Answer:
         if self.mode is Mode.AS_IT_COMES:
             if self._hash is not None:
                 return self._counted(piece)
-            if piece and self._is_whole_answer and self._may_hold_lists():  # some client might look at no type
+            if self._reader.screen is not None and self._is_error:
+                return b""  # the status says it all; nobody can say what stands here
+            # Some client might look at no type.
+            if piece and self._is_whole_answer and (self._reader.screen is not None or self._may_hold_lists()):
                 raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="content type")
             return piece
         self._held += piece
         if len(self._held) <= MAX_HELD_BYTES:
             return b""
-        if self._may_hold_lists() or self._reader.revision.is_modern:  # which asks the client in results
+        if (
+            self._may_hold_lists() or self._reader.screen is not None or self._reader.revision.is_modern
+        ):  # which asks the client in results
             raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_HELD_BYTES}")
         self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
         held = bytes(self._held)
@@ -117,7 +122,7 @@ class Answer:
             rest = self._review(held)
         except Refusal:
             if self._is_error:
-                return held
+                return held if self._reader.screen is None else b""
             raise
         if not rest:
             raise Refusal(Reason.UPSTREAM, "the server did not answer", detail="nothing of its answer may pass")

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.core.detectors import DETECTORS, Span, spans
-from sidecar.core.message import Message, Prompt, Shape, Task, Tool
+from sidecar.core.message import Message, Prompt, Resource, Shape, Task, Tool
 from sidecar.core.profile import ContentRule
 from sidecar.core.splicing import ANSWER, ARGUMENTS, RESULT, Rewriter, Scope, Unmaskable, levels
 from sidecar.errors import BundleError
@@ -31,6 +31,7 @@ _MAX_MEM: Final = 2**21
 _ALL_MEM: Final = 2**26
 _LOWER: Final = bytes(range(256)).lower()
 # What is asked there is listed or agreed upon, no content.
+_ARGUED: Final = frozenset({"tools/call", "prompts/get", "completion/complete", "tasks/update"})
 _BARE: Final = frozenset({"initialize", "ping", "server/discover", "logging/setLevel"})
 
 
@@ -136,11 +137,10 @@ class Content:
 
     def requested(self, message: Message) -> Screen | None:
         """Return what screens *message*, which a client sends; None: nothing does."""
-        if message.shape is Shape.RESPONSE:
-            return self._screen(self._of("arguments", None), "arguments")
-        if not isinstance(message.target, Tool | Prompt):
+        if message.shape is not Shape.RESPONSE and message.method not in _ARGUED:
             return None
-        name = message.target.name if isinstance(message.target, Tool) else ""
+        target = message.target
+        name = target.name if isinstance(target, Tool) else "" if isinstance(target, Prompt | Resource) else None
         return self._screen(self._of("arguments", name), "arguments")
 
     def answered(self, message: Message) -> Screen | None:
@@ -195,10 +195,10 @@ def _rule(rule: ContentRule) -> Rule:
     if rule.regex is not None:
         wanted.append((rule.regex, None))
     searches = tuple((_expression(rule.name, pattern), refine) for pattern, refine in wanted)
-    if any(expression.search(MASKED) is not None for expression, _ in searches):
-        raise BundleError(f"content rule {rule.name}: regex: matches {MASKED.decode()}, which is put in its place")
     if any(expression.search(b"") is not None for expression, _ in searches):
         raise BundleError(f"content rule {rule.name}: regex: matches the empty text, and so everything")
+    if rule.action == "mask" and any(expression.search(MASKED) is not None for expression, _ in searches):
+        raise BundleError(f"content rule {rule.name}: regex: matches {MASKED.decode()}, which is put in its place")
     pointers = [each for each in rule.fields if each.startswith("/")]
     return Rule(
         rule=rule,

@@ -12,8 +12,10 @@ from typing import Any, Final, assert_never
 import msgspec
 
 from sidecar.core.authorise import Engine, Permit, visible
+from sidecar.core.content import Screen
 from sidecar.core.message import Listing, Prompt, Resource, Tool
 from sidecar.core.ownership import Owned
+from sidecar.core.replies import Denied
 from sidecar.core.revision import Revision
 
 
@@ -23,6 +25,8 @@ class Reader(msgspec.Struct, frozen=True, kw_only=True):  # one for each call; m
     permit: Permit
     engines: Sequence[Engine]  # in force now, which may be newer than the permit
     tasks: Owned
+    screen: Screen | None = None  # of content rules; None: none looks at what comes back
+    denied: Denied = "error"
 
     @property
     def revision(self) -> Revision:

@@ -13,9 +13,12 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.core.asks import ASKS, read_ask, read_url_elicitations
+from sidecar.core.content import MAX_SCREENED_BYTES, Found, Screen, Unmaskable
 from sidecar.core.filters import Filtered, Reader, filtered
 from sidecar.core.message import MAX_ID, Message, RequestId, Resource
-from sidecar.core.replies import CODES
+from sidecar.core.replies import CODES, answer
+from sidecar.core.screening import denial
+from sidecar.core.splicing import ANSWER
 from sidecar.errors import Reason, Refusal
 
 URL_ELICITATION_REQUIRED: Final = -32042  # MCP 2025-11-25
@@ -35,6 +38,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):  # made ten times as fast
     tools: Sequence[tuple[str, msgspec.Raw]] = ()  # all that it listed
     reply: bytes = b""  # to the server, whose request does not pass
     refusal: Refusal | None = None  # why it is not what the server said
+    found: tuple[Found, ...] = ()  # by content rules
 
 
 _UNSET: Final = msgspec.UNSET
@@ -107,7 +111,45 @@ def _unreadable(detail: str) -> Refusal:
 
 
 def _message(data: bytes, reader: Reader, judge: Judge) -> Seen:
+    if reader.screen is not None:
+        return _screened(data, reader.screen, reader, judge)
+    return _judged(data, _envelope.decode(data), reader, judge)
+
+
+def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge) -> Seen:
+    """Judge *data* as content rules leave it: that, and nothing else, goes on."""
     envelope = _envelope.decode(data)
+    if len(data) > MAX_SCREENED_BYTES:
+        raise Refusal(
+            Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_SCREENED_BYTES} to be screened"
+        )
+    found: tuple[Found, ...] = ()
+    try:
+        screened = screen.screen(data, ANSWER)
+    except Unmaskable:
+        denied = "two members would have the same name once masked"
+    else:
+        denied, found = screened.denied and f"content rule {screened.denied}", screened.found
+        if screened.data is not data:
+            data, envelope = screened.data, _envelope.decode(screened.data)
+    seen = _withheld(envelope, denial(denied), reader) if denied else _judged(data, envelope, reader, judge)
+    return msgspec.structs.replace(seen, found=found) if found else seen
+
+
+def _withheld(envelope: _Envelope, refusal: Refusal, reader: Reader) -> Seen:
+    """Return what stands for a message that may not pass: an error for an answer, in the shape that denials have."""
+    if envelope.method is not None:
+        is_request = envelope.id is not None
+        return Seen(data=b"", reply=_error(envelope.id, refusal) if is_request else b"", refusal=refusal)
+    asked, seen = reader.permit.question.message, _refused(envelope, refusal)
+    if reader.denied != "tool_error" or asked.id != seen.answers or asked.method != "tools/call":
+        return seen
+    return msgspec.structs.replace(
+        seen, data=answer(refusal, asked, "tool_error").body, error_code=None, tool_failed=True
+    )
+
+
+def _judged(data: bytes, envelope: _Envelope, reader: Reader, judge: Judge) -> Seen:
     if envelope.method is None:
         return _response(data, envelope, reader, judge)
     if envelope.result is not None or envelope.error is not None:

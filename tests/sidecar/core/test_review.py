@@ -8,14 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.core import review as module
 from sidecar.core.authorise import Engine, Question, Verdict
+from sidecar.core.content import Content
 from sidecar.core.filters import Reader
 from sidecar.core.message import Ask, Message, Resource
 from sidecar.core.ownership import tasks
+from sidecar.core.replies import Denied
 from sidecar.core.review import Seen, review
 from sidecar.errors import Reason, Refusal
 from tests.builders import a_call, a_permit, a_principal
 from tests.fakes import FakeEngine, allowing
+from tests.sidecar.core.contents import KEY, a_rule
 
 SAMPLING = '{"jsonrpc":"2.0","id":"s1","method":"sampling/createMessage","params":{"messages":[]}}'
 PING = '{"jsonrpc":"2.0","id":0,"method":"ping"}'
@@ -346,3 +350,91 @@ def test_a_batch_passes_what_its_messages_pass_alone(messages: list[str]) -> Non
     together, _ = look(f"[{','.join(messages)}]", allowing("a"), judge=FakeJudge("sampling/createMessage"))
 
     assert together == (b"[" + b",".join(filter(None, alone)) + b"]" if any(alone) else b"")
+
+
+def a_screened_reader(body: bytes, denied: Denied = "error", **members: Any) -> Reader:
+    """A reader of the answer to *body*, under a rule that looks for AWS keys in results."""
+    permit = a_permit(body)
+    content = Content([a_rule(patterns=("aws-key",), where="results", **members)])
+    screen = content.answered(permit.question.message)
+    return Reader(permit=permit, engines=[allowing("a")], tasks=tasks(), screen=screen, denied=denied)
+
+
+SAID = b'{"jsonrpc": "2.0", "id":7,"result":{"content":[{"type":"text","text":"key\\n' + KEY + b'"}]}}'
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        SAID,
+        b'{"jsonrpc":"2.0","id":7,"result":{"contents":[{"uri":"x","text":"' + KEY + b'"}]}}',
+        b'{"jsonrpc":"2.0","id":7,"error":{"code":1,"message":"' + KEY + b'"}}',
+        b'{"jsonrpc":"2.0","method":"notifications/message","params":{"data":"' + KEY + b'"}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"sampling/createMessage","params":{"messages":["' + KEY + b'"]}}',
+    ],
+)
+def test_what_the_server_says_is_masked_wherever_it_says_it(said: bytes) -> None:
+    """Answers, errors, notifications and questions; every other byte stays."""
+    passed, (seen,) = review(said, a_screened_reader(a_call()), lambda _: None)
+
+    assert passed == said.replace(KEY, b"[masked]")
+    assert [(each.rule.name, each.where, each.count) for each in seen.found] == [("secrets", "results", 1)]
+
+
+def test_what_holds_nothing_stays_the_very_same() -> None:
+    """Screened or not."""
+    said = SAID.replace(KEY, b"nothing")
+    passed, (seen,) = review(said, a_screened_reader(a_call()), lambda _: None)
+
+    assert passed is said
+    assert seen.found == ()
+
+
+def test_a_denied_answer_is_an_error() -> None:
+    """With the request's id; what was found is not told."""
+    passed, (seen,) = review(SAID, a_screened_reader(a_call(), action="deny"), lambda _: None)
+
+    assert json.loads(passed)["id"] == 7
+    assert json.loads(passed)["error"]["data"] == {"reason": "denied"}
+    assert KEY not in passed
+    assert seen.refusal is not None
+    assert (seen.refusal.detail, seen.error_code, seen.answers) == ("content rule secrets", 403, 7)
+
+
+def test_a_denied_answer_can_be_told_to_the_model() -> None:
+    """As the profile says of denials; in the shape of the tool's own failures."""
+    passed, (seen,) = review(SAID, a_screened_reader(a_call(), "tool_error", action="deny"), lambda _: None)
+
+    assert json.loads(passed)["result"]["isError"] is True
+    assert (seen.tool_failed, seen.error_code) == (True, None)
+    other = SAID.replace(b'"id":7', b'"id":8')  # not the answer to this call
+    assert b'"error"' in review(other, a_screened_reader(a_call(), "tool_error", action="deny"), lambda _: None)[0]
+
+
+def test_a_denied_question_is_answered_for_the_client() -> None:
+    """And a denied notification goes nowhere."""
+    asked = b'{"jsonrpc":"2.0","id":1,"method":"sampling/createMessage","params":{"messages":["' + KEY + b'"]}}'
+    told = b'{"jsonrpc":"2.0","method":"notifications/message","params":{"data":"' + KEY + b'"}}'
+    reader = a_screened_reader(a_call(), action="deny")
+
+    assert [
+        (seen.data, bool(seen.reply)) for said in (asked, told) for seen in review(said, reader, lambda _: None)[1]
+    ] == [
+        (b"", True),
+        (b"", False),
+    ]
+
+
+def test_names_that_would_become_the_same_are_withheld() -> None:
+    """A reader would take one of the two."""
+    said = b'{"id":7,"result":{"structuredContent":{"' + KEY + b'":1,"' + KEY[:-1] + b'Q":2}}}'
+    _, (seen,) = review(said, a_screened_reader(a_call()), lambda _: None)
+    assert seen.refusal is not None
+    assert "same name" in seen.refusal.detail
+
+
+def test_what_is_too_large_to_be_screened_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searching must end, and what was not searched does not pass."""
+    monkeypatch.setattr(module, "MAX_SCREENED_BYTES", 10)
+    with pytest.raises(Refusal, match="too large"):
+        review(SAID, a_screened_reader(a_call()), lambda _: None)

@@ -1,0 +1,69 @@
+"""Screens by content rules what a client sends, before it is sent; and makes one request of what is left.
+
+A masked message is a new one: its caller judges it again, and headers that repeat an argument repeat the masked one.
+Refuses what a rule denies, without a word of what was found. Decides nothing about the way back (sidecar/core/review.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import msgspec
+
+from sidecar.core.agreement import repeated
+from sidecar.core.connection import Connection
+from sidecar.core.content import Content, Found, Screened, Unmaskable
+from sidecar.core.message import Message
+from sidecar.core.splicing import REQUEST
+from sidecar.errors import Reason, Refusal
+
+# Of the body as it was; RFC 9530, and its forerunners.
+DIGESTS: Final = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
+_elements: Final = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """A request that was screened; *connection* is the very object when nothing was masked."""
+
+    connection: Connection
+    found: tuple[tuple[Found, ...], ...]  # in each of its messages
+    refusals: tuple[Refusal | None, ...]  # of each of its messages
+
+
+def screen(connection: Connection, messages: Sequence[Message], content: Content) -> Sent:
+    """Return what *content* leaves of *connection*, whose body holds *messages*."""
+    body = connection.body
+    is_batch = body.lstrip(b" \t\r\n")[:1] == b"["
+    parts = [bytes(each) for each in _elements.decode(body)] if is_batch else [body]
+    screened: list[Screened | Refusal] = [
+        _screened(part, message, content) for part, message in zip(parts, messages, strict=True)
+    ]
+    refusals = tuple(each if isinstance(each, Refusal) else _denied(each) for each in screened)
+    found = tuple(() if isinstance(each, Refusal) else each.found for each in screened)
+    left = [part if isinstance(each, Refusal) else each.data for part, each in zip(parts, screened, strict=True)]
+    changes = [change for each in screened if not isinstance(each, Refusal) for change in each.changes]
+    if all(new is old for new, old in zip(left, parts, strict=True)):
+        return Sent(connection=connection, found=found, refusals=refusals)
+    headers = [pair for pair in repeated(connection.headers, changes) if pair[0] not in DIGESTS]
+    made = replace(connection, headers=headers, body=b"[" + b",".join(left) + b"]" if is_batch else left[0])
+    return Sent(connection=made, found=found, refusals=refusals)
+
+
+def _screened(part: bytes, message: Message, content: Content) -> Screened | Refusal:
+    rules = content.requested(message)
+    if rules is None:
+        return Screened(data=part)
+    try:
+        return rules.screen(part, REQUEST)
+    except Unmaskable:
+        return denial("two members would have the same name once masked")
+
+
+def _denied(screened: Screened) -> Refusal | None:
+    return denial(f"content rule {screened.denied}") if screened.denied else None
+
+
+def denial(detail: str) -> Refusal:
+    """Return the refusal of content; *detail* is for operators."""
+    return Refusal(Reason.DENIED, "what this message holds is not allowed", detail=detail)
