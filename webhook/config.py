@@ -88,6 +88,14 @@ class Settings:
     signing_secret: str = setting_of(
         _filled, "Secret that holds the key by which bundles are signed.", default="sidegate-bundle-signing"
     )
+    signing_age_s: float = setting_of(
+        number(60, 3650 * DAY_S), "Seconds after which a new key signs bundles.", default=90.0 * DAY_S
+    )
+    signing_overlap_s: float = setting_of(
+        number(1, 3650 * DAY_S),
+        "Seconds for which the key before is still believed; replicas must have noticed by then.",
+        default=3600.0,
+    )
     ca_lifetime_s: float = setting_of(
         number(600, 3650 * DAY_S), "Seconds that the webhook's CA is good for.", default=365.0 * DAY_S
     )

@@ -16,19 +16,18 @@ from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import web
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from certs.errors import BadCertificate
 from certs.spiffe import SpiffeId
 from certs.tls import MutualClient, MutualServer, ServingServer
 from certs.workload import X509Source
+from sidecar.core.keyring import pem_of
 from webhook.config import Settings, defaults, template
 from webhook.core.container import Template
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON
 from webhook.core.reports import Reports
 from webhook.core.resources import ServerProfileSpec
-from webhook.errors import KubeError
+from webhook.core.signing import SigningKeys
 from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
 from webhook.shell.bundles import BundleEndpoint, Bundles
 from webhook.shell.controllers import Compile, Controller
@@ -37,14 +36,13 @@ from webhook.shell.lease import Leadership
 from webhook.shell.metrics import CONTENT_TYPE, Metrics
 from webhook.shell.peers import PATH as REPORTS_PATH
 from webhook.shell.peers import Peers, ReportsEndpoint
-from webhook.shell.rotate import Rotation, Secrets, public_pem, signing_key
+from webhook.shell.rotate import Rotation, SigningRotation
 from webhook.shell.status import Statuses
 from webhook.shell.validation import Validation
 
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 5.0  # for requests in flight once the listeners are closed; long polls are cut then
-KEY_RETRY_S: Final = 2.0
 _GOLDEN: Final[JSON] = {
     "metadata": {"name": "golden", "labels": {SERVER_LABEL: "true"}},
     "spec": {"containers": [{"name": "app", "image": "app", "ports": [{"containerPort": 8080}]}]},
@@ -65,6 +63,8 @@ class App:
         self._mutual = MutualServer()
         self._source = X509Source(settings.spiffe_socket)
         self._rotation = Rotation(kube, self._serving, settings, metrics=self._metrics)
+        self._signing = SigningRotation(kube, settings, self._use_keys)
+        self._has_keys = asyncio.Event()
         self._reports = Reports()
         self._client = MutualClient()
         host = socket.gethostname()  # the pod's name
@@ -117,6 +117,7 @@ class App:
             running = [
                 tasks.create_task(self._source.run(), name="workload-api"),
                 tasks.create_task(self._rotation.run(), name="rotation"),
+                tasks.create_task(self._signing.run(), name="signing"),
                 tasks.create_task(self._rotation.watch(lambda: self._leadership.leads), name="trust"),
                 tasks.create_task(self._leadership.run(), name="lease"),
                 tasks.create_task(self._control(), name="control"),
@@ -135,9 +136,8 @@ class App:
         log.info("stopped")
 
     async def _control(self) -> None:
-        key = await self._signing_key()
-        self._controller = Controller(self._bundles, self._compile_files, key, defaults(self._settings), self._metrics)
-        self._template = template(self._settings, self._version, public_pem(key))
+        await self._has_keys.wait()
+        self._controller = Controller(self._bundles, self._compile_files, defaults(self._settings), self._metrics)
         statuses = Statuses(
             self._kube,
             self._controller,
@@ -152,14 +152,12 @@ class App:
             tasks.create_task(self._controller.run(self._kube), name="controller")
             tasks.create_task(statuses.run(), name="status")
 
-    async def _signing_key(self) -> ec.EllipticCurvePrivateKey:
-        secrets = Secrets(self._kube, self._settings.namespace)
-        while True:
-            try:
-                return await signing_key(secrets, self._settings.signing_secret)
-            except (KubeError, BadCertificate) as error:
-                log.error("no key to sign bundles", extra={"error": str(error)})  # noqa: TRY400 - the text says it all
-                await asyncio.sleep(KEY_RETRY_S)
+    def _use_keys(self, keys: SigningKeys) -> None:
+        """Sign bundles by *keys* from now on, and tell new pods of them."""
+        self._bundles.keys = keys
+        self._template = template(self._settings, self._version, pem_of(keys.believed))
+        self._metrics.signing_key_since.set(keys.since_s)
+        self._has_keys.set()
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         admission = self._application(client_max_size=MAX_BODY_BYTES)

@@ -1,13 +1,14 @@
 """The bundle endpoint: each sidecar gets the bundle of its own pod, told by its SVID, as soon as there is a new one.
 
 Refuses callers of another trust domain, namespace or service account, and an SVID that has run out since the handshake.
-Bundles are kept in memory only; they can be made again at any time from what the API server holds.
+Bundles are kept in memory only; they can be made again at any time from what the API server holds. One that is asked
+for is signed again first, when the signing key has changed or more of the cluster was seen since (webhook/core/sequence.py).
 Source: Open Policy Agent documentation, bundle service API (ETag, If-None-Match, Prefer: wait).
 """
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -16,7 +17,10 @@ from aiohttp import web
 
 from certs.spiffe import TrustDomain
 from certs.tls import peer_of
+from sidecar.core import bundle
+from sidecar.core.bundle import Stamp
 from webhook.core.reports import ERROR_HEADER, REVISION_HEADER, Reports
+from webhook.core.signing import SigningKeys
 from webhook.shell.metrics import Metrics
 
 MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
@@ -28,23 +32,25 @@ PodKey = tuple[str, str]
 """Namespace and name."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Published:
-    """A bundle and its revision."""
+    """A bundle as it was signed last; pods of one workload share it. Mutated by Bundles alone."""
 
     data: bytes = field(repr=False)
     revision: str
+    stamp: Stamp = Stamp()
 
 
 class Entry:
     """What one pod may have. Mutated by Bundles alone."""
 
-    __slots__ = ("changed", "problem", "published", "service_account")
+    __slots__ = ("changed", "problem", "published", "sequence", "service_account")
 
     def __init__(self, service_account: str) -> None:
         self.service_account = service_account
         self.published: Published | None = None
         self.problem = "not compiled yet"
+        self.sequence = 0
         self.changed = asyncio.Event()
 
     def wake(self) -> None:
@@ -58,6 +64,8 @@ class Bundles:
 
     def __init__(self) -> None:
         self._entries: dict[PodKey, Entry] = {}
+        self.keys: SigningKeys | None = None
+        self.floor = 0  # all bundles without a problem reflect the cluster up to this resource version
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -79,11 +87,29 @@ class Bundles:
         if entry:
             entry.wake()
 
-    def publish(self, pod: PodKey, published: Published) -> None:
-        """Hand out *published* to *pod* from now on."""
+    def sign(self, files: Mapping[str, bytes], sequence: int) -> Published:
+        """Return the bundle of *files*, for `publish`. The keys must be there."""
+        assert self.keys is not None  # noqa: S101 - nothing is compiled before
+        stamp = self.keys.stamp(sequence)
+        return Published(bundle.encode(files, self.keys.current, stamp=stamp), bundle.revision(files), stamp)
+
+    def etag(self, published: Published) -> str:
+        """Return what tells *published* from others: what is in it, and the keys that it announces."""
+        return f"{published.revision}.{self.keys.term:x}" if self.keys else published.revision
+
+    def signed(self, entry: Entry, published: Published) -> bytes:
+        """Return *published* as its signature should be now."""
+        if self.keys is not None:
+            stamp = self.keys.stamp(entry.sequence if entry.problem else max(entry.sequence, self.floor))
+            if published.stamp < stamp:
+                published.data, published.stamp = bundle.renew(published.data, self.keys.current, stamp), stamp
+        return published.data
+
+    def publish(self, pod: PodKey, published: Published, sequence: int = 0) -> None:
+        """Hand out *published*, which reflects the cluster up to *sequence*, to *pod* from now on."""
         entry = self._entries.get(pod)
         if entry:
-            entry.problem = ""
+            entry.problem, entry.sequence = "", max(entry.sequence, sequence)
             if entry.published is None or entry.published.revision != published.revision:
                 entry.published = published
                 entry.wake()
@@ -144,7 +170,7 @@ class BundleEndpoint:
             async with asyncio.timeout(wait_s):
                 while True:
                     entry = self._entry(pod, service_account)
-                    if entry.published and entry.published.revision != known:
+                    if entry.published and self._bundles.etag(entry.published) != known:
                         break
                     await entry.changed.wait()
         except TimeoutError:
@@ -153,10 +179,12 @@ class BundleEndpoint:
             raise web.HTTPServiceUnavailable(
                 text=f"pod {'/'.join(pod)}: {entry.problem}", headers={"Retry-After": RETRY_AFTER_S}
             )
-        headers = {"ETag": f'"{entry.published.revision}"'}
-        if entry.published.revision == known:
+        etag = self._bundles.etag(entry.published)
+        headers = {"ETag": f'"{etag}"'}
+        if etag == known:
             return web.Response(status=304, headers=headers)
-        return web.Response(body=entry.published.data, content_type=MEDIA_TYPE, headers=headers)
+        data = self._bundles.signed(entry, entry.published)
+        return web.Response(body=data, content_type=MEDIA_TYPE, headers=headers)
 
     def _caller(self, request: web.Request) -> tuple[PodKey, str]:
         """Return which pod is asked for, and as which service account. Raises HTTPForbidden."""

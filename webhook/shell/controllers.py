@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from sidecar.core import bundle, profile
+from sidecar.core import profile
 from webhook.core import patch, resources
 from webhook.core import pod as pods
 from webhook.core.annotations import INJECTED
@@ -31,11 +30,12 @@ from webhook.core.resources import (
     PolicySpec,
     ServerProfileSpec,
 )
+from webhook.core.sequence import Seen, number
 from webhook.core.status import Held, PodState, Source, selecting
 from webhook.errors import BadPolicy, BadResource, Denial
 from webhook.shell.admission import NotReady
 from webhook.shell.bundles import Bundles, PodKey, Published
-from webhook.shell.kube import Change, Gone, Kube, Listed, Put
+from webhook.shell.kube import Bookmark, Change, Gone, Kube, Listed, Put, version_of
 from webhook.shell.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class Catalogue:
                 fresh, gone = {_key(item): item}, []
             case Gone(item):
                 fresh, gone = {}, [_key(item)]
+            case Bookmark():
+                return frozenset()
         touched = {where for where, name in gone if known.get(where, {}).pop(name, None)}
         for (where, name), item in fresh.items():
             names = known.setdefault(where, {})
@@ -173,17 +175,18 @@ class Controller:
         self,
         bundles: Bundles,
         compile_files: Compile,
-        signing_key: ec.EllipticCurvePrivateKey,
         defaults: Defaults,
         metrics: Metrics,
     ) -> None:
         self._bundles = bundles
         self._compile_files = compile_files
-        self._signing_key = signing_key
         self._defaults = defaults
         self._metrics = metrics
         self._catalogue = Catalogue()
         self._pods: dict[PodKey, Tracked] | None = None
+        self._seen = Seen([PODS, *(kind.plural for kind in resources.KINDS)])
+        self._versions: dict[PodKey, int] = {}  # at which a pod was last changed, as far as its bundle goes
+        self._is_compiling = False
         self._dirty: set[PodKey] = set()
         self._failing: dict[PodKey, str] = {}
         self._states: dict[PodKey, PodState] = {}  # of pods that nothing has changed for since
@@ -239,8 +242,10 @@ class Controller:
     def apply(self, kind: Kind, change: Change) -> None:
         """Take in a change of the resources of *kind*."""
         touched = self._catalogue.apply(kind, change)
+        self._seen.take(kind.plural, version_of(change), touched)
         self._metrics.broken_resources.set(self._catalogue.broken)
         self._mark(pod for pod in self._pods or () if "" in touched or pod[0] in touched)
+        self._raise_floor()
 
     def apply_pods(self, change: Change) -> None:
         """Take in a change of the injected pods."""
@@ -255,11 +260,16 @@ class Controller:
                 seen = {_key(item): _tracked(item)}
             case Gone(item):
                 gone = {_key(item)}
+            case Bookmark():
+                pass
+        self._seen.take(PODS, version_of(change))
         changed = [pod for pod, tracked in seen.items() if known.get(pod) != tracked]  # not for every new status
         known.update(seen)
+        if self._pods is not None:  # what a first list shows counts from the floor on
+            self._versions |= dict.fromkeys(changed, number(version_of(change)))
         for pod in gone:
             known.pop(pod, None)
-            for known_of in (self._failing, self._states, self._sources):
+            for known_of in (self._failing, self._states, self._sources, self._versions):
                 known_of.pop(pod, None)
             self._bundles.forget(pod)
         for pod, tracked in seen.items():
@@ -267,6 +277,12 @@ class Controller:
         self._pods = known
         self._metrics.bundle_pods.set(len(self._bundles))
         self._mark(changed)
+        self._raise_floor()
+
+    def _raise_floor(self) -> None:
+        """Know that bundles reflect all that was seen, once nothing is left to compile."""
+        if not self._dirty and not self._is_compiling:
+            self._bundles.floor = max(self._bundles.floor, self._seen.floor)
 
     async def _compile(self) -> None:
         """Compile what has changed, for ever."""
@@ -283,19 +299,23 @@ class Controller:
     async def compile_dirty(self) -> None:
         """Compile for every pod that something has changed for."""
         dirty, self._dirty = self._dirty, set()
+        self._is_compiling = True
         failed: dict[str, str] = {}  # what was tried for one pod is not tried for the next of the same workload
         for pod in sorted(dirty):
             tracked = (self._pods or {}).get(pod)
             if tracked is not None:
                 await self._refresh(pod, tracked, failed)
+        self._is_compiling = False
+        self._raise_floor()
         self._metrics.failing_pods.set(len(self._failing))
 
     async def _refresh(self, pod: PodKey, tracked: Tracked, failed: dict[str, str]) -> None:
+        sequence = max(self._seen.of(pod[0]), self._versions.get(pod, 0))  # of what is compiled now
         labels = tracked.pod.labels if tracked.pod else {}
         sources = self._sources[pod] = tuple(selecting(labels, pod[0], self._catalogue.visible(pod[0])))
         try:
             effective = self._effective(pod, tracked)
-            published = await self._published(effective, failed)
+            published = await self._published(effective, sequence, failed)
         except (BadResource, BadPolicy, Denial) as error:
             self._bundles.fail(pod, str(error))
             state = PodState(sources, "", str(error), is_profiles=_is_profiles(error))
@@ -303,7 +323,7 @@ class Controller:
                 self._failing[pod] = str(error)
                 log.error("bundle not renewed", extra={"pod": "/".join(pod), "error": str(error)})  # noqa: TRY400
         else:
-            self._bundles.publish(pod, published)
+            self._bundles.publish(pod, published, sequence)
             self._failing.pop(pod, None)
             state = PodState(sources, published.revision, notes=effective.notes)
         if pod in (self._pods or {}) and pod not in self._dirty:  # neither gone nor changed again meanwhile
@@ -322,7 +342,7 @@ class Controller:
             self._catalogue.guard_rails(),
         )
 
-    async def _published(self, effective: Effective, failed: dict[str, str]) -> Published:
+    async def _published(self, effective: Effective, sequence: int, failed: dict[str, str]) -> Published:
         """Return the bundle for *effective*, compiled only if it was not before. Raises BadPolicy."""
         content = msgspec.json.encode([effective.profile, effective.policies], order="sorted")
         digest = hashlib.sha256(content).hexdigest()
@@ -338,7 +358,7 @@ class Controller:
             failed[digest] = str(error)
             raise error if isinstance(error, BadPolicy) else BadPolicy("bundle", str(error)) from error
         self._metrics.compilations.labels("ok").inc()
-        published = Published(bundle.encode(files, self._signing_key), bundle.revision(files))
+        published = self._bundles.sign(files, sequence)
         self._compiled[digest] = published
         while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)

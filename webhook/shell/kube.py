@@ -37,9 +37,10 @@ JSON_MERGE: Final = "application/merge-patch+json"
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """All objects there are; replaces what was known."""
+    """All objects there are, at the resource version *version*; replaces what was known."""
 
     items: list[JSON]
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,21 @@ class Gone:
     item: JSON
 
 
-Change = Listed | Put | Gone
+@dataclass(frozen=True, slots=True)
+class Bookmark:
+    """Nothing else happened up to the resource version *version*."""
+
+    version: str
+
+
+Change = Listed | Put | Gone | Bookmark
+
+
+def version_of(change: Change) -> str:
+    """Return the resource version that a collection has with *change*."""
+    if isinstance(change, (Listed, Bookmark)):
+        return change.version
+    return str(change.item["metadata"].get("resourceVersion", ""))
 
 
 class Kube:
@@ -131,11 +146,13 @@ class Kube:
             try:
                 if version is None:
                     listed, version = await self._list(path, chosen)
-                    yield Listed(listed)
+                    yield Listed(listed, version)
                 async for kind, item in self._watch(path, chosen, version):
                     version = item["metadata"]["resourceVersion"]
                     failures = 0
-                    if kind != "BOOKMARK":
+                    if kind == "BOOKMARK":
+                        yield Bookmark(version)
+                    else:
                         yield Gone(item) if kind == "DELETED" else Put(item)
                 await asyncio.sleep(REWATCH_S)
             except (KubeError, KeyError, TypeError) as error:

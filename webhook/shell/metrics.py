@@ -28,6 +28,11 @@ class Metrics:
             "When the serving certificate expires, in Unix time.",
             registry=self.registry,
         )
+        self.signing_key_since = Gauge(
+            "sidegate_signing_key_timestamp_seconds",
+            "When the key that signs bundles began to, in Unix time.",
+            registry=self.registry,
+        )
         self.bundle_requests = Counter(
             "sidegate_bundle_requests", "Requests for bundles by HTTP status.", ["status"], registry=self.registry
         )

@@ -13,16 +13,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from certs.authority import Authority, make_key
 from certs.errors import BadCertificate
 from certs.tls import ServingServer
+from sidecar.core.keyring import Keyring, key_id
 from webhook.config import Settings
 from webhook.core.pod import JSON
 from webhook.core.rotation import Authorities, Lifetimes, due, needs_leaf
+from webhook.core.signing import ROTATE, KeyTimes, SigningKeys
+from webhook.core.signing import due as due_keys
 from webhook.errors import KubeError
 from webhook.shell.kube import Kube
 from webhook.shell.metrics import Metrics
@@ -30,6 +32,7 @@ from webhook.shell.metrics import Metrics
 log = logging.getLogger(__name__)
 
 PERIOD_S: Final = 10.0  # how soon a lost caBundle is put back; one small read each time
+KEY_RETRY_S: Final = 2.0  # while there is no key at all
 ATTEMPTS: Final = 5  # more writers than replicas at the same moment
 MANAGER: Final = "sidegate"
 
@@ -220,30 +223,58 @@ class Secrets:
         return True
 
 
-async def signing_key(secrets: Secrets, name: str) -> ec.EllipticCurvePrivateKey:
-    """Return the key by which bundles are signed, made when there is none. Raises KubeError, BadCertificate."""
-    for _ in range(ATTEMPTS):
-        secret = await secrets.read(name)
-        pem = secrets.data(secret).get("signing.key")
-        if pem is not None:
-            return _parse_key(name, pem)
-        await secrets.write(name, secret, {"signing.key": _key_pem(make_key())})
-    raise KubeError(409, f"Secret {name}: other writers were always faster")
+class SigningRotation:
+    """The keys by which bundles are signed; every replica has the same, from one Secret. Mutated by `step` alone."""
 
+    def __init__(
+        self,
+        kube: Kube,
+        settings: Settings,
+        use: Callable[[SigningKeys], None],
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        """*use* is told of the keys when there are some, and whenever they have changed."""
+        self._secrets = Secrets(kube, settings.namespace)
+        self._secret = settings.signing_secret
+        self._times = KeyTimes(age_s=settings.signing_age_s, overlap_s=settings.signing_overlap_s)
+        self._use = use
+        self._now = now
+        self._used: tuple[int, str] | None = None
 
-def public_pem(key: ec.EllipticCurvePrivateKey) -> str:
-    """Return the public half, as sidecars get it."""
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    async def run(self) -> None:
+        """Step for ever; a failure leaves the keys as they are."""
+        while True:
+            delay_s = PERIOD_S
+            try:
+                await self.step()
+            except (KubeError, BadCertificate) as error:
+                log.error("signing keys not looked after", extra={"error": str(error)})  # noqa: TRY400 - the text says it all
+                delay_s = PERIOD_S if self._used else KEY_RETRY_S
+            await asyncio.sleep(delay_s)
 
+    async def step(self) -> None:
+        """Bring the Secret up to date, and what signs. Raises KubeError, BadCertificate."""
+        held = await self._keys()
+        identity = (held.term, key_id(held.current.public_key()))  # a Secret may have been put there by hand
+        if identity != self._used:
+            self._used = identity
+            self._use(held)
+            log.info("bundles are signed", extra={"term": held.term, "key": identity[1]})
 
-def _parse_key(name: str, pem: bytes) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
-        raise BadCertificate(f"Secret {name}: signing.key is no PEM private key") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise BadCertificate(f"Secret {name}: signing.key must be a P-256 key")
-    return key
+    async def _keys(self) -> SigningKeys:
+        """Return the keys after every step that is due has been written."""
+        for _ in range(ATTEMPTS):
+            secret = await self._secrets.read(self._secret)
+            held = SigningKeys.parse(self._secrets.data(secret))
+            asked = str((((secret or {}).get("metadata") or {}).get("annotations") or {}).get(ROTATE, ""))
+            wanted = due_keys(held, self._now().timestamp(), self._times, make_key, asked)
+            if wanted is held:
+                return wanted
+            if await self._secrets.write(self._secret, secret, wanted.data()):
+                log.info(
+                    "signing keys changed", extra={"term": wanted.term, "keys": str(Keyring(keys=wanted.believed))}
+                )
+        raise KubeError(409, f"Secret {self._secret}: other writers were always faster")
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

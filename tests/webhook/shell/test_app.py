@@ -22,6 +22,7 @@ from certs.tls import MutualClient, web_client_context
 from certs.workload import X509Source
 from sidecar.config import Capture
 from sidecar.core import bundle
+from sidecar.core.keyring import pem_of
 from tests.webhook.core.golden_cases import TEMPLATE
 from tests.webhook.kube_server import PODS, KubeServer
 from webhook.config import Settings, defaults, template
@@ -29,7 +30,6 @@ from webhook.core import resources
 from webhook.shell import opa
 from webhook.shell.app import App, passes_golden_pod
 from webhook.shell.controllers import path_of
-from webhook.shell.rotate import public_pem
 
 CONFIGURATIONS = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
 CONTROL_PLANE = SpiffeId.parse("spiffe://a.test/ns/sidegate-system/sa/sidegate")
@@ -178,7 +178,8 @@ async def test_pod_is_injected_and_its_sidecar_gets_what_its_namespace_says(tmp_
         each["value"] for each in pod["spec"]["initContainers"][1]["env"] if each["name"] == "SIDEGATE_BUNDLE_KEYS"
     ]
     got = bundle.decode(body, bundle.public_keys(keys))
-    assert etag == f'"{got.revision}"'
+    assert etag == f'"{got.revision}.{got.stamp.term:x}"'
+    assert got.stamp.sequence == int(plane.server.objects[PODS]["payments/ledger-0"]["metadata"]["resourceVersion"])
     assert (got.profile.server.name, got.profile.server.port, got.profile.server.workload) == (
         "ledger",
         8080,
@@ -274,12 +275,12 @@ def test_template_is_what_the_settings_say() -> None:
         namespace="gate",
         capture="remap",
     )
-    made = template(settings, "1", public_pem(key))
+    made = template(settings, "1", pem_of([key.public_key()]))
 
     assert made.sidecar.control_plane == "https://sidegate.gate.svc:8443"
     assert made.sidecar.control_plane_id == str(CONTROL_PLANE)
     assert made.sidecar.spiffe_socket == "unix:/spiffe-workload-api/agent.sock"
-    assert made.sidecar.bundle_keys == public_pem(key)
+    assert made.sidecar.bundle_keys == pem_of([key.public_key()])
     assert made.capture is Capture.REMAP
     assert {"gate", "kube-system"} <= made.excluded_namespaces
 

@@ -10,11 +10,17 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from certs.authority import make_key
 from certs.embedded import EmbeddedDomain
 from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.svid import X509Snapshot
 from certs.tls import ClientCertificate, MutualClient, MutualServer
+from sidecar.core import profile
+from sidecar.core.bundle import decode
+from sidecar.core.keyring import Keyring
+from tests.sidecar.questions import SERVER
 from webhook.core.reports import Reports
+from webhook.core.signing import KeyTimes, SigningKeys, due
 from webhook.shell.bundles import MEDIA_TYPE, BundleEndpoint, Bundles, Published
 from webhook.shell.metrics import Metrics
 
@@ -215,6 +221,26 @@ async def test_new_bundle_ends_the_wait(plane: Plane) -> None:
         status, _, body, headers = await waiting
 
     assert (status, body, headers["ETag"]) == (200, b"two", '"r2"')
+
+
+async def test_new_signing_keys_are_news_at_the_next_question(plane: Plane) -> None:
+    """Not sooner: all sidecars need them, but none at once. The bundle is signed again, with the same content."""
+    first = SigningKeys(current=make_key(), term=3)
+    second = due(first, 4.0, KeyTimes(age_s=1, overlap_s=9), make_key)
+    files = {"sidegate.json": profile.encode(profile.Profile(server=SERVER))}
+    plane.bundles.keys = first
+    plane.bundles.publish(POD, plane.bundles.sign(files, 7), 7)
+    _, _, before, headers = await plane.ask()
+    plane.bundles.keys = second
+    plane.bundles.floor = 9
+    _, _, after, news = await plane.ask(headers={"If-None-Match": headers["ETag"]})
+
+    keyring = Keyring(keys=first.believed)
+    old, new = decode(before, keyring), decode(after, keyring)
+    assert old.revision == new.revision
+    assert (headers["ETag"], news["ETag"]) == (f'"{old.revision}.3"', f'"{old.revision}.4"')
+    assert (old.stamp.sequence, new.stamp.sequence) == (7, 9)
+    assert new.keyring.keys == second.believed
 
 
 async def test_wait_ends_when_the_pod_is_gone(plane: Plane) -> None:

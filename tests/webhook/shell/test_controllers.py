@@ -10,11 +10,12 @@ from sidecar.core import profile
 from webhook.core import resources
 from webhook.core.compile import Policies
 from webhook.core.effective import Defaults
+from webhook.core.signing import SigningKeys
 from webhook.errors import BadPolicy, BadResource
 from webhook.shell.admission import NotReady
 from webhook.shell.bundles import Bundles, Entry
 from webhook.shell.controllers import Catalogue, Controller
-from webhook.shell.kube import Gone, Listed, Put
+from webhook.shell.kube import Bookmark, Gone, Listed, Put
 from webhook.shell.metrics import Metrics
 
 KEY = make_key()
@@ -66,8 +67,9 @@ class Cluster:
     def __init__(self) -> None:
         self.compile = FakeCompile()
         self.bundles = Bundles()
+        self.bundles.keys = SigningKeys(current=KEY, term=1)
         self.metrics = Metrics()
-        self.controller = Controller(self.bundles, self.compile, KEY, Defaults(), self.metrics)
+        self.controller = Controller(self.bundles, self.compile, Defaults(), self.metrics)
 
     def listed(self, *pods: Any, profiles: Any = (), policies: Any = (), limits: Any = (), providers: Any = ()) -> None:
         """Let everything be listed once."""
@@ -112,6 +114,67 @@ def test_nothing_is_known_before_everything_was_listed() -> None:
     cluster.controller.apply(PROVIDERS, Listed([]))
     assert cluster.controller.is_synced
     assert cluster.controller.profiles("payments") == {}
+
+
+def at(version: int, item: Any) -> Any:
+    """Return *item* as it is at the resource version *version*."""
+    return item | {"metadata": item["metadata"] | {"resourceVersion": str(version)}}
+
+
+async def test_bundle_says_up_to_which_change_it_reflects_the_cluster() -> None:
+    """The change of a policy, applied, removed and applied again; a change of the pod; all that was seen since."""
+    cluster = Cluster()
+    for kind in resources.KINDS:
+        cluster.controller.apply(kind, Listed([], "100"))
+    cluster.controller.apply_pods(Listed([at(90, a_pod())], "101"))
+    stamps = []
+
+    async def stamp() -> None:
+        await cluster.compiled()
+        entry = cluster.entry()
+        assert entry.published is not None
+        cluster.bundles.signed(entry, entry.published)
+        stamps.append((entry.published.revision, entry.published.stamp.sequence))
+
+    await stamp()
+    cluster.controller.apply(POLICIES, Put(at(110, a_resource("p", cedar="x"))))
+    await stamp()
+    cluster.controller.apply(POLICIES, Gone(at(120, a_resource("p", cedar="x"))))
+    await stamp()
+    cluster.controller.apply(POLICIES, Put(at(130, a_resource("p", cedar="x"))))
+    await stamp()
+    cluster.controller.apply(POLICIES, Put(at(140, a_resource("q", namespace="other", cedar="x"))))
+    await stamp()
+    cluster.controller.apply_pods(Put(at(150, a_pod(containers=[{"name": "app", "ports": [{"containerPort": 1}]}]))))
+    await stamp()
+    for kind in resources.KINDS:
+        cluster.controller.apply(kind, Bookmark("200"))
+    cluster.controller.apply_pods(Bookmark("190"))
+    await stamp()
+
+    revisions, sequences = zip(*stamps, strict=True)
+    assert sequences == (100, 110, 120, 130, 130, 150, 190)
+    assert revisions[0] == revisions[2] != revisions[1] == revisions[3]  # rolled back: the same content, and newer
+
+
+async def test_bundle_that_could_not_be_renewed_does_not_grow_newer() -> None:
+    """Another replica's, which reflects more, must win."""
+    cluster = Cluster()
+    cluster.listed(a_pod())
+    for kind in resources.KINDS:
+        cluster.controller.apply(kind, Listed([], "100"))
+    await cluster.compiled()
+    cluster.compile.error = BadPolicy("rego", "no")
+    cluster.controller.apply(POLICIES, Put(at(110, a_resource("p", rego="x"))))
+    await cluster.compiled()
+    for kind in resources.KINDS:
+        cluster.controller.apply(kind, Bookmark("200"))
+    cluster.controller.apply_pods(Bookmark("200"))
+    entry = cluster.entry()
+    assert entry.published is not None
+    cluster.bundles.signed(entry, entry.published)
+
+    assert (cluster.bundles.floor, entry.published.stamp.sequence) == (200, 0)
 
 
 async def test_replicas_of_a_workload_share_one_compilation() -> None:

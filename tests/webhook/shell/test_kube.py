@@ -10,7 +10,7 @@ import pytest
 from tests.webhook.kube_server import PODS, KubeServer, connection_to
 from webhook.errors import KubeError
 from webhook.shell import kube as kube_module
-from webhook.shell.kube import Change, Gone, Kube, Listed, Put
+from webhook.shell.kube import Bookmark, Change, Gone, Kube, Listed, Put, version_of
 
 PATIENCE_S = 20.0
 
@@ -117,12 +117,15 @@ async def test_changes_come_one_by_one() -> None:
         server.put(PODS, a_pod("b"))
         put = await next_change(changes)
         server.cut()
+        bookmark = await next_change(changes)
         server.delete(PODS, "n/a")
         gone = await next_change(changes)
 
     assert isinstance(put, Put)
     assert put.item["metadata"]["name"] == "b"
+    assert bookmark == Bookmark("102")
     assert isinstance(gone, Gone)
+    assert [version_of(each) for each in (put, bookmark, gone)] == ["102", "102", "103"]
     assert server.requests.count(f"GET {PODS}") >= 3  # one list, two watches
 
 

@@ -8,18 +8,29 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from certs.authority import make_key
 from certs.errors import BadCertificate
 from certs.tls import ServingServer, web_client_context
+from sidecar.core.keyring import Keyring, key_id
 from tests.webhook.kube_server import KubeServer
 from webhook.config import Settings
+from webhook.core.signing import ROTATE, SigningKeys
 from webhook.errors import KubeError
 from webhook.shell.kube import Kube
-from webhook.shell.rotate import Rotation, Secrets, public_pem, signing_key
+from webhook.shell.rotate import Rotation, SigningRotation
 
 SECRETS = "/api/v1/namespaces/sidegate-system/secrets"
 CONFIGURATIONS = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
 SETTINGS = Settings(leaf_lifetime_s=86_400, ca_lifetime_s=90 * 86_400, staging_s=3600)
+
+
+EC_PEM, RSA_PEM = (
+    key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    for key in (make_key(), rsa.generate_private_key(public_exponent=65537, key_size=2048))
+)
 
 
 class Clock:
@@ -181,25 +192,106 @@ async def test_failure_is_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) 
         task.cancel()
 
 
+class Replica:
+    """One replica's view of the signing keys."""
+
+    def __init__(self, kube: Kube, clock: Clock, settings: Settings = SETTINGS) -> None:
+        self.used: list[SigningKeys] = []
+        self.rotation = SigningRotation(kube, settings, self.used.append, clock)
+
+
 async def test_replicas_sign_with_one_key() -> None:
-    """Whoever comes first makes the key; its public half is what sidecars get."""
+    """Whoever comes first makes the key; told once, not at every look."""
     server = KubeServer()
     async with server.running() as kube:
-        secrets = Secrets(kube, "sidegate-system")
-        keys = await asyncio.gather(*(signing_key(secrets, "s") for _ in range(3)))
+        replicas = [Replica(kube, Clock()) for _ in range(3)]
+        await asyncio.gather(*(each.rotation.step() for each in replicas))
+        await replicas[0].rotation.step()
 
-    assert len({public_pem(key) for key in keys}) == 1
-    assert public_pem(keys[0]).startswith("-----BEGIN PUBLIC KEY-----\n")
+    assert len({key_id(each.used[0].current.public_key()) for each in replicas}) == 1
+    assert [len(each.used) for each in replicas] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("pem", [b"no key", b""])
-async def test_signing_key_that_cannot_be_read_is_left_alone(pem: bytes) -> None:
+async def test_signing_key_is_rotated_by_age_and_every_replica_follows() -> None:
+    """With the overlap, in which both are believed; whichever replica looks first takes the step for all."""
+    server, clock = KubeServer(), Clock()
+    async with server.running() as kube:
+        first, second = Replica(kube, clock), Replica(kube, clock)
+        await first.rotation.step()
+        for days in (89, 2, 1):
+            clock.now += timedelta(days=days)
+            await second.rotation.step()
+            await first.rotation.step()
+
+    begun, overlapping, after = first.used
+    assert [each.term for each in second.used] == [each.term for each in first.used]
+    assert overlapping.believed == (overlapping.current.public_key(), begun.current.public_key())
+    assert after.believed == (overlapping.current.public_key(),)
+    keyring = Keyring(keys=begun.believed).follow(after.announcements)
+    assert str(keyring) == key_id(after.current.public_key())
+
+
+async def test_operator_asks_for_a_rotation_by_annotating_the_secret() -> None:
+    """Once for each new text, whatever the age of the key."""
+    server, clock = KubeServer(), Clock()
+    async with server.running() as kube:
+        replica = Replica(kube, clock)
+        await replica.rotation.step()
+        secret = server.objects[SECRETS][SETTINGS.signing_secret]
+        asked = secret["metadata"] | {"annotations": {ROTATE: "2026-11-22T19:00:00Z stolen"}}
+        server.put(SECRETS, secret | {"metadata": asked})
+        await replica.rotation.step()
+        await replica.rotation.step()
+
+    begun, rotated = replica.used
+    assert rotated.believed == (rotated.current.public_key(),)
+    assert rotated.term > begun.term
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"signing.key": b"no key"}, "signing.key is no PEM"),
+        ({"signing.key": b""}, "signing.key is no PEM"),
+        ({"other": b"x"}, "signing.key is expected, found other"),
+        ({"signing.key": RSA_PEM}, "must be a P-256 key"),
+        ({"signing.key": EC_PEM, "state.json": b"["}, "Expecting value"),
+        ({"signing.key": EC_PEM, "state.json": b"[]"}, "no attribute"),
+        ({"signing.key": EC_PEM, "state.json": b'{"term": null}'}, "not 'NoneType'"),
+        ({"signing.key": EC_PEM, "previous.pub": b"x"}, "no PEM block"),
+    ],
+)
+async def test_signing_key_that_cannot_be_read_is_left_alone(data: dict[str, bytes], why: str) -> None:
     """Replacing it would make every sidecar refuse the next bundle."""
     server = KubeServer()
-    server.put(SECRETS, {"metadata": {"name": "s"}, "data": {"signing.key": base64.b64encode(pem).decode()}})
+    encoded = {name: base64.b64encode(content).decode() for name, content in data.items()}
+    server.put(SECRETS, {"metadata": {"name": SETTINGS.signing_secret}, "data": encoded})
     async with server.running() as kube:
-        with pytest.raises(BadCertificate, match=r"Secret s: signing\.key"):
-            await signing_key(Secrets(kube, "sidegate-system"), "s")
+        with pytest.raises(BadCertificate, match=why):
+            await Replica(kube, Clock()).rotation.step()
+
+    assert server.objects[SECRETS][SETTINGS.signing_secret]["data"] == encoded
+
+
+async def test_signing_goes_on_with_the_last_keys_while_the_secret_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And with the first ones as soon as it can."""
+    monkeypatch.setattr("webhook.shell.rotate.KEY_RETRY_S", 0.0)
+    monkeypatch.setattr("webhook.shell.rotate.PERIOD_S", 0.0)
+    server = KubeServer()
+    server.fail_next = [500, 403]
+    async with server.running() as kube, asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        replica = Replica(kube, Clock())
+        task = tasks.create_task(replica.rotation.run())
+        while not replica.used:  # noqa: ASYNC110 - it has no event to wait for
+            await asyncio.sleep(0)
+        server.fail_next = [500]
+        while server.fail_next:  # noqa: ASYNC110 - same
+            await asyncio.sleep(0)
+        task.cancel()
+
+    assert len(replica.used) == 1
 
 
 async def test_write_that_always_comes_second_gives_up() -> None:
@@ -217,6 +309,6 @@ async def test_write_that_always_comes_second_gives_up() -> None:
             raise KubeError(409, "conflict")
 
     with pytest.raises(KubeError, match="always faster"):
-        await signing_key(Secrets(Busy(), "n"), "s")
+        await Replica(Busy(), Clock()).rotation.step()
     with pytest.raises(KubeError, match="always faster"):
         await Rotation(Busy(), ServingServer(), SETTINGS).step()
