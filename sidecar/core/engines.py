@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sidecar.core.authorise import Engine, Named, Shadow
 from sidecar.core.bundle import DATA, WASM, Bundle
+from sidecar.core.content import compiled as compiled_content
 from sidecar.core.profile import PolicySet
 from sidecar.core.projection import Projection, Remembering
 from sidecar.errors import BundleError
@@ -28,6 +29,7 @@ def engines(bundle: Bundle, *, compiled: Mapping[str, str] | None = None) -> Eng
     *compiled* names, for a set's path, the file that `sidecar.core.rego.compile` made of its policy.wasm on this machine,
     in a child that has ended; without it the compiler's 20 MB stay in this process. Raises BundleError.
     """
+    compiled_content(bundle.profile.content)  # a rule that cannot be read must not be passed over
     enforced: list[Engine] = []
     shadows: list[Shadow] = []
     for each in bundle.profile.policies:

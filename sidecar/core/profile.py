@@ -317,7 +317,7 @@ class Profile(Record, frozen=True, kw_only=True):
     limits: tuple[Limit, ...] = ()
     audit: Audit = Audit()
     telemetry: Telemetry = Telemetry()
-    content: Annotated[tuple[ContentRule, ...], msgspec.Meta(max_length=64)] = ()
+    content: Annotated[tuple[ContentRule, ...], msgspec.Meta(max_length=256)] = ()
     policies: tuple[PolicySet, ...] = ()
     agent: AgentRole | None = None  # in agent role; `server` is then the agent itself, and its port is not used
     denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown

@@ -19,6 +19,7 @@ import msgspec
 from sidecar.core import profile as profiles
 from sidecar.core.builtins import IMPURE, PURE
 from sidecar.core.bundle import ALLOW, DATA, PROFILE, REASONS, SCHEMA, WASM
+from sidecar.core.content import compiled as compiled_content
 from sidecar.core.projection import pointer
 from sidecar.errors import BundleError
 from webhook.errors import BadPolicy
@@ -124,7 +125,7 @@ def files(
     announced = tuple(_announced(each, found) for each, found in zip(policies, compiled, strict=True))
     made[PROFILE] = profiles.encode(msgspec.structs.replace(profile, policies=announced))
     try:
-        profiles.decode(made[PROFILE])  # made from values that nobody checked as a whole
+        compiled_content(profiles.decode(made[PROFILE]).content)  # made from values that nobody checked as a whole
     except BundleError as error:
         raise BadPolicy("bundle", str(error)) from error
     return dict(sorted(made.items()))

@@ -17,6 +17,7 @@ from sidecar.core.profile import (
     Audit,
     ClaimPaths,
     Client,
+    ContentRule,
     Destination,
     Identity,
     Profile,
@@ -164,6 +165,7 @@ def combine(
             ),
             audit=_audit(profile, defaults.audit),
             telemetry=_telemetry(profile, defaults.telemetry),
+            content=_content(pod.labels, namespace, resources.policies, guard_rails or {}),
             denied=profile.denied if profile else "error",
         ),
         policies=_policies(pod.labels, namespace, resources.policies, guard_rails or {}),
@@ -193,12 +195,10 @@ def _policies(
     guard_rails: Mapping[str, ClusterPolicySpec],
 ) -> tuple[Policies, ...]:
     """Return what selects the pod, each by itself: what one forbids, no other allows."""
-    own = [(f"namespace/{name}", spec) for name, spec in sorted(policies.items()) if spec.selector.matches(labels)]
-    rails = [
-        (f"cluster/{name}", spec)
-        for name, spec in sorted(guard_rails.items())
-        if spec.selector.matches(labels) and (not spec.namespaces or namespace in spec.namespaces)
-    ]
+    own, rails = (
+        [(key, spec) for key, spec in found if spec.cedar or spec.rego]
+        for found in _selected(labels, namespace, policies, guard_rails)
+    )
     # One policy alone lies where OPA's own tools look for it.
     is_alone = len(own) == 1 and not rails and own[0][1].mode == "enforce"
     return tuple(
@@ -213,6 +213,33 @@ def _policies(
         )
         for key, spec in (*own, *rails)
     )
+
+
+def _selected(
+    labels: dict[str, str],
+    namespace: str,
+    policies: Mapping[str, PolicySpec],
+    guard_rails: Mapping[str, ClusterPolicySpec],
+) -> tuple[list[tuple[str, PolicySpec]], list[tuple[str, PolicySpec]]]:
+    """Return the namespace's policies and the cluster's that select the pod."""
+    own = [(f"namespace/{name}", spec) for name, spec in sorted(policies.items()) if spec.selector.matches(labels)]
+    rails: list[tuple[str, PolicySpec]] = [
+        (f"cluster/{name}", spec)
+        for name, spec in sorted(guard_rails.items())
+        if spec.selector.matches(labels) and (not spec.namespaces or namespace in spec.namespaces)
+    ]
+    return own, rails
+
+
+def _content(
+    labels: dict[str, str],
+    namespace: str,
+    policies: Mapping[str, PolicySpec],
+    guard_rails: Mapping[str, ClusterPolicySpec],
+) -> tuple[ContentRule, ...]:
+    """Return all content rules that select the pod: none takes another away."""
+    own, rails = _selected(labels, namespace, policies, guard_rails)
+    return tuple(each.rule(f"{key}/{each.name}", spec.mode) for key, spec in (*rails, *own) for each in spec.content)
 
 
 def _tcp_ports(pod: Pod) -> list[tuple[int, str | None]]:

@@ -12,6 +12,8 @@ import msgspec
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffePattern
 from sidecar.core import profile
+from sidecar.core.content import Content
+from sidecar.errors import BundleError
 from webhook.core.pod import JSON
 from webhook.errors import BadResource
 
@@ -159,14 +161,31 @@ class ServerProfileSpec(Record, frozen=True, kw_only=True):
     telemetry: TelemetrySpec = TelemetrySpec()
 
 
+class ContentSpec(Record, frozen=True, kw_only=True):
+    """What may not be in what a call carries: by fields, detectors or an RE2 expression, some of the three."""
+
+    name: Name
+    where: Literal["arguments", "results", "both"] = "both"
+    tools: tuple[Name, ...] = ()
+    fields: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=256)], ...] = ()
+    patterns: tuple[profile.Detected, ...] = ()
+    regex: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
+    action: Literal["deny", "mask", "redact"] = "mask"
+
+    def rule(self, name: str, mode: Literal["enforce", "shadow"]) -> profile.ContentRule:
+        """Return it as sidecars know it, under *name*; raises ValueError when it looks for nothing."""
+        return profile.ContentRule(**{**msgspec.structs.asdict(self), "name": name, "mode": mode})
+
+
 class PolicySpec(Record, frozen=True, kw_only=True):
-    """`MCPPolicy`: rules in either language or both; each engine present must allow."""
+    """`MCPPolicy`: rules in either language or both, each engine present must allow; and what content may not pass."""
 
     selector: Selector
     mode: Literal["enforce", "shadow"] = "enforce"
     vocabulary: Literal["sidegate", "toolhive"] = "sidegate"
     cedar: str | None = None
     rego: str | None = None
+    content: Annotated[tuple[ContentSpec, ...], msgspec.Meta(max_length=64)] = ()
 
 
 class ClusterPolicySpec(PolicySpec, frozen=True, kw_only=True):
@@ -326,8 +345,9 @@ def decode(kind: Kind, resource: JSON, spec: type[Spec]) -> Spec:
         case LimitSpec():
             _check_limit(label, decoded)
         case PolicySpec():
-            if not (decoded.cedar or decoded.rego):
-                raise BadResource(label, "spec: one of cedar and rego must be given")
+            if not (decoded.cedar or decoded.rego or decoded.content):
+                raise BadResource(label, "spec: one of cedar, rego and content must be given")
+            _check_content(label, decoded.content)
     return decoded
 
 
@@ -336,6 +356,18 @@ def _check_limit(label: str, spec: LimitSpec) -> None:
         spec.limit("any")
     except ValueError as error:  # it contradicts itself
         raise BadResource(label, f"spec: {error}") from error
+
+
+def _check_content(label: str, content: tuple[ContentSpec, ...]) -> None:
+    names = [each.name for each in content]
+    for index, each in enumerate(content):
+        field = f"spec.content[{index}]"
+        if each.name in names[:index]:
+            raise BadResource(label, f"{field}.name: {each.name} is the name of another rule here")
+        try:
+            Content([each.rule(each.name, "enforce")])
+        except (ValueError, BundleError) as error:
+            raise BadResource(label, f"{field}: {error}") from error
 
 
 def _check_pattern(label: str, field: str, pattern: str) -> None:

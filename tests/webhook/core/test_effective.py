@@ -173,6 +173,20 @@ def test_each_of_several_policies_is_a_set_of_its_own() -> None:
     assert (list(got[0].cedar), list(got[0].rego), got[0].vocabulary) == (["a.cedar"], ["a.rego"], "toolhive")
 
 
+def test_content_rules_of_all_policies_add_up() -> None:
+    """A namespace cannot take a guard rail's rule away, and a policy that has nothing else judges nothing."""
+    content = [{"name": "keys", "patterns": ["aws-key"]}]
+    rails = {"r": msgspec.convert({"selector": {}, "content": content}, ClusterPolicySpec)}
+    own = rule(mode="shadow", cedar=None, content=[{"name": "keys", "regex": "x", "action": "deny"}])
+    got = combined(policies={"a": own, "b": rule(cedar="permit(principal,action,resource);")}, guard_rails=rails)
+
+    assert [(each.name, each.action, each.mode) for each in got.profile.content] == [
+        ("cluster/r/keys", "mask", "enforce"),
+        ("namespace/a/keys", "deny", "shadow"),
+    ]
+    assert [each.name for each in got.policies] == ["namespace/b"]
+
+
 def test_two_profiles_for_one_pod_are_refused() -> None:
     """Neither author could see which one is the stricter."""
     given = NamespaceResources(profiles={"a": a_profile(), "b": a_profile()}, policies={}, limits={})

@@ -17,6 +17,7 @@ CRDS = Path(__file__).parents[3] / "charts" / "sidegate" / "crds"
 
 RATE = {"ratePerSecond": 1, "burst": 10}
 QUOTA = {"amount": 100, "period": "day"}
+RULE = {"name": "x", "regex": "a1"}
 ROWS = {"tool": "query", "path": "rows", "maximum": 5}
 LOCAL = {"scope": "global", "whenUnavailable": "local"}
 
@@ -107,7 +108,12 @@ def test_selector_matches_as_kubernetes_does(selector: Any, labels: dict[str, st
         (resources.SERVER_PROFILE, {"selector": {}, "denied": "quietly"}, "denied"),
         (resources.SERVER_PROFILE, {"selector": {}, "identity": {"callers": ["http://x"]}}, r"callers\[0\]"),
         (resources.SERVER_PROFILE, {"selector": {}, "identity": {"mtls": "loose"}}, "mtls"),
-        (resources.POLICY, {"selector": {}}, "one of cedar and rego"),
+        (resources.POLICY, {"selector": {}}, "one of cedar, rego and content"),
+        (resources.POLICY, {"selector": {}, "content": [{"name": "x"}]}, r"content\[0\]: a content rule needs fields"),
+        (resources.POLICY, {"selector": {}, "content": [RULE, {**RULE, "regex": "b"}]}, r"\[1\].name: x is the name of"),
+        (resources.POLICY, {"selector": {}, "content": [{**RULE, "regex": "("}]}, r"regex: missing \)"),
+        (resources.POLICY, {"selector": {}, "content": [{**RULE, "patterns": ["phone"]}]}, r"Invalid enum value 'phone'"),
+        (resources.CLUSTER_POLICY, {"selector": {}, "content": [{**RULE, "action": "hide"}]}, "action"),
         (resources.LIMIT, {"selector": {}, "ratePerSecond": 0, "burst": 1}, "ratePerSecond"),
         (resources.LIMIT, {"selector": {}, "ratePerSecond": 9e-7, "burst": 1}, "ratePerSecond"),
         (resources.LIMIT, {"selector": {}}, "at least one of ratePerSecond, quotas, concurrent and maxBytes"),
