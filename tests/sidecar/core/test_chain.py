@@ -264,3 +264,75 @@ def test_without_verifier_only_links_are_checked() -> None:
 
     assert report.is_sound
     assert report.chains["c1"].covered == 0
+
+
+def phase(name: str, span_id: str) -> bytes:
+    """Return a record of this phase, before it is sealed."""
+    document = {"time": TIME, "schema": "sidegate.audit/v1", "phase": name, "span_id": span_id}
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def phases() -> list[bytes]:
+    """Return a closed chain of three calls under way at a time."""
+    chain, lines = Chain("c1"), []
+    parts = [phase("begin", "a"), phase("begin", "b"), phase("end", "a"), phase("begin", "c"), phase("end", "c")]
+    for text in (*parts, phase("end", "b"), None):
+        made = text or event_line(Event.CLOSED, TIME, 0, sign(chain.link.claims(Event.CLOSED, TIME, 0)))
+        lines.append(chain.sealed(made))
+        chain.passed(lines[-1])
+    return lines
+
+
+def test_a_call_that_ended_is_no_longer_begun() -> None:
+    """Whatever was between."""
+    report = verify(phases(), believed)
+
+    assert report.is_sound
+    assert report.begun == {}
+
+
+def test_a_call_that_a_kill_cut_off_is_told() -> None:
+    """By the line that began it; the trail itself is whole as far as it goes."""
+    report = verify(phases()[:4], believed)
+
+    assert report.is_sound
+    assert report.begun == {"b": 2, "c": 4}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "expected"),
+    [
+        (lambda t: [*t[:1], *t[2:]], "1 lines are missing"),
+        (lambda t: [*t[:2], *t[3:]], "1 lines are missing"),
+        (lambda t: [t[0], t[2], t[1], *t[3:]], "lines are missing"),
+        (lambda t: [t[0].replace(b'"begin"', b'"end"'), *t[1:]], "is not as it was written"),
+        (lambda t: [*t[:2], t[2].replace(b'"a"', b'"b"'), *t[3:]], "is not as it was written"),
+        (lambda t: relinked([*t[:2], *t[3:]]), "is of another one"),
+        (lambda t: relinked([*t[:1], *t[2:]]), "is of another one"),
+    ],
+    ids=["begin removed", "end removed", "exchanged", "begin made an end", "another call's end", "end relinked away",
+         "begin relinked away"],
+)  # fmt: skip
+def test_tampering_with_begun_calls_is_found(tamper: Callable[[list[bytes]], list[bytes]], expected: str) -> None:
+    """To hide that a call was made, or that it came to an end."""
+    assert any(expected in what for what in findings(tamper(phases())))
+
+
+def test_a_line_cut_short_is_told_from_other_lines() -> None:
+    """It begins as ours do; a log line does not."""
+    report = verify(
+        [*phases()[:2], b'{"time":"2026-11-22T', b'{"level":"info"', b"", b'{"schema":"sidegate.au'], believed
+    )
+
+    assert report.is_sound
+    assert report.torn == [3, 6]
+    assert report.other_lines == 4
+
+
+def test_a_life_begun_behind_a_torn_line_is_in_order() -> None:
+    """The line before that is the one it names."""
+    first = phases()[:2]
+    report = verify([*first, b'{"time":"2026-11-22T', *trail(chain_id="c2", after=hash_of(first[-1]))], believed)
+
+    assert report.is_sound
+    assert report.torn == [3]

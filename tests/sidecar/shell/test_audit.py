@@ -4,13 +4,21 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sidecar.core.chain import verify
+from sidecar.core.message import Message, parse
+from sidecar.core.profile import Audit as AuditProfile
+from sidecar.errors import Reason, Refusal
 from sidecar.shell.audit import Audit
 from sidecar.shell.trail import File, Output
-from tests.sidecar.exchanges import a_call, a_refused_exchange, an_exchange
+from tests.sidecar.exchanges import a_call, a_profile, a_refused_exchange, an_exchange
+
+CALL = a_call()
+LIST = parse(b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}')
+NOTICE = parse(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -190,3 +198,85 @@ def test_lost_records_are_said_in_the_chain(tmp_path: Path, monkeypatch: pytest.
     report = verify(_lines(tmp_path / "audit.jsonl"), None)
     assert report.is_sound
     assert [state.lost for state in report.chains.values()] == [2]
+
+
+def test_a_call_is_on_disk_before_it_is_sent(tmp_path: Path) -> None:
+    """And again when it is over; the two are joined by their span."""
+    sink = tmp_path / "audit.jsonl"
+    audit = Audit(File(str(sink)))
+    exchange = an_exchange(a_call("drop_table", {"name": "invoices", "token": "secret"}))
+
+    audit.begin([exchange])
+
+    (begun,) = map(json.loads, _lines(sink))
+    assert (begun["phase"], begun["outcome"], begun["result"]) == ("begin", "pending", None)
+    assert begun["arguments"]["content"] == {"name": "invoices", "token": "[redacted]"}
+    assert (begun["decision"]["outcome"], begun["decision"]["policies"]) == ("allowed", ["analysts-read"])
+    audit.observe(exchange)
+    audit.close()
+    ended = json.loads(_lines(sink)[1])
+    assert (ended["phase"], ended["outcome"]) == ("end", "success")
+    assert (ended["span_id"], ended["arguments"]) == (begun["span_id"], begun["arguments"])
+    assert verify(_lines(sink), None).begun == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "body", "records"),
+    [
+        ("changes", CALL, 1),
+        ("changes", LIST, 0),
+        ("changes", NOTICE, 0),
+        ("all", LIST, 1),
+        ("all", NOTICE, 1),
+        ("off", CALL, 0),
+    ],
+)
+def test_the_profile_says_what_is_recorded_before_it_is_sent(
+    tmp_path: Path, before: Any, body: Message, records: int
+) -> None:
+    """A tool's call may change something, whatever the server says of the tool."""
+    audit = Audit(File(str(tmp_path / "audit.jsonl")))
+
+    audit.begin([an_exchange(body, profile=a_profile(audit=AuditProfile(before=before)))])
+
+    assert audit.records == records
+    audit.close()
+
+
+@pytest.mark.parametrize("before", ["off", "changes"])
+def test_what_cannot_be_recorded_is_not_sent(before: Any) -> None:
+    """The caller is told to come again, also where the failure is older than the call and only its end is recorded."""
+    audit = Audit(File("/dev/full"))
+    profile = a_profile(audit=AuditProfile(before=before))
+    if before == "off":
+        audit.begin([an_exchange(profile=profile)])
+        audit.observe(an_exchange(profile=profile))
+
+    with pytest.raises(Refusal) as refused:
+        audit.begin([an_exchange(profile=profile)])
+
+    assert (refused.value.reason, refused.value.retry_after_s) == (Reason.NOT_READY, 5)
+    assert audit.failed == (before == "off")  # nothing waits of a call that was not sent
+    audit.close()
+
+
+def test_what_cannot_be_recorded_is_sent_where_the_profile_says_so() -> None:
+    """Counted, and no reason to get no calls."""
+    audit = Audit(File("/dev/full"))
+    profile = a_profile(audit=AuditProfile(when_full="drop"))
+
+    for _ in range(3):
+        audit.begin([an_exchange(profile=profile)])
+
+    assert (audit.failed, audit.records, len(audit._waiting)) == (False, 0, 3)
+    audit.close()
+
+
+def test_all_messages_of_a_body_are_recorded_before_it_is_sent(tmp_path: Path) -> None:
+    """A batch is sent as one."""
+    audit = Audit(File(str(tmp_path / "audit.jsonl")))
+
+    audit.begin([an_exchange(CALL), an_exchange(LIST), an_exchange(CALL)])
+
+    assert audit.records == 2
+    audit.close()

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from certs.authority import Authority
 from certs.statement import sign
 from sidecar.shell.audit import Audit
-from sidecar.shell.trail import File
+from sidecar.shell.trail import File, Position
 from tests.certs.pki import NOW, an_authority
 from tests.certs.test_statement import an_svid
 from tests.sidecar.exchanges import a_refused_exchange, an_exchange
@@ -151,3 +151,53 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: py
 
     assert main(["audit", "search", str(path)]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_directory_is_read_from_its_oldest_file_on(
+    tmp_path: Path, authority: Authority, trusted: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the sidecar rotates them; what it keeps beside them is passed over."""
+    directory, svid = tmp_path / "trail", an_svid(authority)
+    directory.mkdir()
+    file = File(str(directory / "audit.jsonl"), keep_bytes=200_000, is_shipped=True)
+    audit = Audit(file, sign=lambda claims: sign(claims, svid, now=NOW))
+    for _ in range(50):
+        audit.observe(an_exchange())
+    file.shipped(Position(number=1, offset=10))
+    audit.close()
+
+    assert len(list(directory.glob("audit.jsonl.0*"))) > 2
+    assert main(["audit", "verify", str(directory), *trusted, "--closed"]) == 0
+    assert "51 lines, 51 of them signed for" in capsys.readouterr().out
+    assert main(["audit", "search", str(directory), "--tool", "read_schema"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 50
+
+
+def test_a_kill_leaves_notes_and_no_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which call was cut off, and that half a line is nobody's forgery."""
+    path = tmp_path / "audit.jsonl"
+    audit = Audit(File(str(path)))
+    audit.begin([an_exchange()])
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:100])
+    again = Audit(File(str(path)))
+    again.observe(an_exchange())
+
+    assert main(["audit", "verify", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert f"{path}:2: cut short while it was written" in said
+    assert "belong to no chain" not in said
+    assert "1 calls were begun" not in said  # its end is there: the test's calls have one span
+
+    assert main(["audit", "search", str(path), "--phase", "begin"]) == 0
+    assert capsys.readouterr().out.split()[1] == "begun"
+
+
+@pytest.mark.parametrize(("form", "member"), [("ecs", "ecs"), ("ocsf", "class_uid")])
+def test_records_are_exported(trail: Path, form: str, member: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each, in the words of the SIEM."""
+    assert main(["audit", "export", "--format", form, str(trail)]) == 0
+
+    events = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert len(events) == 4
+    assert all(member in each for each in events)
