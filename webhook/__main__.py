@@ -27,8 +27,14 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     kube = await Kube.open(settings.kubeconfig)
     async with contextlib.aclosing(kube):
-        compile_files = functools.partial(opa.files, opa=opa.Opa(Path(settings.opa)))
-        app = App(settings, version=__version__, kube=kube, compile_files=compile_files)
+        program = opa.Opa(Path(settings.opa))
+        app = App(
+            settings,
+            version=__version__,
+            kube=kube,
+            compile_files=functools.partial(opa.files, opa=program),
+            check=functools.partial(opa.check, opa=program),
+        )
         await app.run(stop)
 
 

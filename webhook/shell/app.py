@@ -38,7 +38,7 @@ from webhook.shell.peers import PATH as REPORTS_PATH
 from webhook.shell.peers import Peers, ReportsEndpoint
 from webhook.shell.rotate import Rotation, SigningRotation
 from webhook.shell.status import Statuses
-from webhook.shell.validation import Validation
+from webhook.shell.validation import Check, Validation
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,10 @@ _GOLDEN: Final[JSON] = {
 class App:
     """One replica of the control plane. Mutated by `run` and the tasks it starts."""
 
-    def __init__(self, settings: Settings, *, version: str, kube: Kube, compile_files: Compile) -> None:
+    def __init__(
+        self, settings: Settings, *, version: str, kube: Kube, compile_files: Compile, check: Check | None = None
+    ) -> None:
+        self._check = check
         self._settings = settings
         self._version = version
         self._kube = kube
@@ -162,7 +165,7 @@ class App:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         admission = self._application(client_max_size=MAX_BODY_BYTES)
         admission.router.add_post("/mutate/{policy}", Admission(self, self._metrics).mutate)
-        admission.router.add_post("/validate", Validation(self._compile_files, self._metrics).validate)
+        admission.router.add_post("/validate", Validation(self._compile_files, self._metrics, self._check).validate)
         bundles = self._application(client_max_size=0)
         trust_domain = SpiffeId.parse(self._settings.control_plane_id).trust_domain
         endpoint = BundleEndpoint(self._bundles, trust_domain, self._metrics, reports=self._reports)

@@ -132,6 +132,12 @@ async def files(policies: Sequence[compiler.Policies], profile: profiles.Profile
     return compiler.files(policies, profile, compiled)
 
 
+async def check(policies: compiler.Policies, opa: Opa) -> list[Finding]:
+    """Return what is wrong with policies that compile: errors do not do what they say. Raises BadPolicy."""
+    found = await opa.check(policies) if policies.rego else []
+    return [*found, *(await cedar.check(policies) if policies.cedar else ())]
+
+
 _LIMITED = ("--capabilities=capabilities.json",)
 
 

@@ -7,7 +7,7 @@ pass with a warning. Makes no change and has no side effect. Source: k8s.io/api/
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -15,6 +15,7 @@ from aiohttp import web
 
 from sidecar.core.profile import Profile, Server
 from webhook.core import resources
+from webhook.core.check import Finding
 from webhook.core.compile import Policies
 from webhook.core.pod import JSON
 from webhook.core.resources import Kind, PolicySpec
@@ -28,13 +29,17 @@ log = logging.getLogger(__name__)
 DEADLINE_S: Final = 4.0  # four fifths of what the API server gives us
 _KINDS: Final[Mapping[str, Kind]] = {kind.plural: kind for kind in resources.KINDS}
 ANY: Final = Profile(server=Server(namespace="any", workload="any", name="any", port=1))
+MAX_WARNINGS: Final = 8  # of 256 characters; the API server takes 4,096 in all
+Check = Callable[[Policies], Awaitable[list[Finding]]]
 HINT: Final = "try it before: sidegate policy check DIRECTORY"
 
 
 class Validation:
     """The handler of `/validate`."""
 
-    def __init__(self, compile_files: Compile, metrics: Metrics) -> None:
+    def __init__(self, compile_files: Compile, metrics: Metrics, check: Check | None = None) -> None:
+        """*check* finds what compiles and yet does not do what it says."""
+        self._check = check
         self._compile_files = compile_files
         self._metrics = metrics
 
@@ -54,11 +59,12 @@ class Validation:
         kind = _KINDS.get(review.resource.resource)
         if kind is None or review.resource.group != "sidegate.dev" or not isinstance(review.object, dict):
             return {"allowed": True}
+        warnings: list[Finding] = []
         try:
             spec = resources.decode(kind, review.object, kind.spec)
             if isinstance(spec, PolicySpec):
                 async with asyncio.timeout(DEADLINE_S):
-                    await self._compile_files([alone(_name(review.object), spec)], ANY)
+                    warnings = await self._try(alone(_name(review.object), spec))
         except (BadResource, BadPolicy) as error:
             message = f"sidegate: {error}; {HINT}" if isinstance(error, BadPolicy) else f"sidegate: {error}"
             return {"allowed": False, "status": {"code": 422, "reason": "Invalid", "message": message}}
@@ -66,7 +72,18 @@ class Validation:
             log.warning("policy not checked when written", extra={"error": str(error) or "no time"})
             warning = "sidegate: this policy was not compiled in time; whether it can be used is in its status"
             return {"allowed": True, "warnings": [warning[:MAX_WARNING]]}
-        return {"allowed": True}
+        said = [f"sidegate: {each}".replace("\n", " ")[:MAX_WARNING] for each in warnings[:MAX_WARNINGS]]
+        return {"allowed": True, **({"warnings": said} if said else {})}
+
+    async def _try(self, policies: Policies) -> list[Finding]:
+        """Return what the author of *policies* may want to know. Raises BadPolicy."""
+        await self._compile_files([policies], ANY)
+        found = await self._check(policies) if self._check else []
+        for each in found:
+            if each.severity == "error":
+                message = each.message + (f"; hint: {each.hint}" if each.hint else "")
+                raise BadPolicy(each.file, message, line=each.line, column=each.column)
+        return found
 
 
 def alone(name: str, spec: PolicySpec) -> Policies:

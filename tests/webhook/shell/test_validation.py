@@ -14,16 +14,16 @@ from tests.parts import part
 from webhook.shell import opa, validation
 from webhook.shell.controllers import Compile
 from webhook.shell.metrics import Metrics
-from webhook.shell.validation import Validation
+from webhook.shell.validation import Check, Validation
 
 Client = TestClient[web.Request, web.Application]
 REGO = "package mcp.authz\n\ndefault allow := false\n\n"
 
 
-async def serve(compile_files: Compile) -> Client:
+async def serve(compile_files: Compile, check: Check | None = None) -> Client:
     """Return a client of the endpoint."""
     application = web.Application()
-    application.router.add_post("/validate", Validation(compile_files, Metrics()).validate)
+    application.router.add_post("/validate", Validation(compile_files, Metrics(), check).validate)
     client = TestClient(TestServer(application))
     await client.start_server()
     return client
@@ -32,7 +32,8 @@ async def serve(compile_files: Compile) -> Client:
 @pytest.fixture
 async def client() -> AsyncIterator[Client]:
     """The endpoint with the real compilers."""
-    made = await serve(functools.partial(opa.files, opa=opa.Opa(part("opa"))))
+    program = opa.Opa(part("opa"))
+    made = await serve(functools.partial(opa.files, opa=program), functools.partial(opa.check, opa=program))
     yield made
     await made.close()
 
@@ -77,7 +78,7 @@ async def test_what_can_be_used_is_let_through(client: Client, kind: str, spec: 
         ("mcppolicies", {"selector": {}, "rego": REGO + "allow if http.send({})\n"}, "p.rego:5:10: undefined function http.send"),
         ("mcppolicies", {"selector": {}, "rego": REGO + "allow if { x := 1 }\n"}, "assigned var x unused"),
         ("mcppolicies", {"selector": {}, "rego": "package other\nallow := true\n"}, "no rule allow in package mcp.authz"),
-        ("mcppolicies", {"selector": {}}, "one of cedar and rego must be given"),
+        ("mcppolicies", {"selector": {}}, "one of cedar, rego and content must be given"),
         ("mcppolicies", {"selector": {}, "cedar": "x", "mode": "maybe"}, "maybe"),
         ("clustermcppolicies", {"selector": {}, "namespaces": "a", "cedar": "x"}, "Expected `array`, got `str` - at `$.namespaces`"),
         ("mcplimits", {"selector": {}, "ratePerSecond": 0, "burst": 1}, "ratePerSecond"),
@@ -113,3 +114,41 @@ async def test_what_is_no_review_is_an_http_error(client: Client) -> None:
         assert response.status == 415
     async with client.post("/validate", json={}) as response:
         assert response.status == 400
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (
+            {"cedar": "permit (principal, action, resource)\nwhen { principal.salary > 3 };"},
+            "p.cedar:2:18: attribute `salary` on entity type",
+        ),
+        (
+            {"cedar": 'permit (principal, action == Action::"tools/cal", resource);'},
+            'p.cedar:1:20: unrecognized action `Action::"tools/cal"`; hint: one of tools/call,',
+        ),
+        (
+            {"rego": REGO + 'allow if input.usr.role == "x"\n'},
+            "p.rego:5:10: undefined ref: input.usr.role; hint: one of agent,",
+        ),
+    ],
+)
+async def test_a_policy_that_compiles_and_cannot_work_is_refused(client: Client, spec: Any, said: str) -> None:
+    """By the contract's schema, as `sidegate policy check` would say."""
+    response = await told(client, {"selector": {}, **spec})
+
+    assert not response["allowed"]
+    assert said in response["status"]["message"]
+
+
+async def test_what_only_adds_nothing_is_a_warning(client: Client) -> None:
+    """It does no harm; kubectl prints the warning in one line."""
+    cedar = 'permit (principal, action, resource);\npermit (principal, action == Action::"tools/call", resource);'
+    response = await told(client, {"selector": {}, "cedar": cedar})
+
+    assert response["allowed"]
+    (warning,) = response["warnings"]
+    assert warning.startswith(
+        "sidegate: p.cedar:2:1: warning: p.cedar#1 adds nothing: p.cedar#0 says the same and more"
+    )
+    assert len(warning) <= 256
