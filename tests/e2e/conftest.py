@@ -53,8 +53,12 @@ def governed(cluster: Cluster, spire: Spire) -> Governed:
     Shared by all modules: a test that takes something away brings it back.
     """
     governed = Governed(cluster, spire)
-    governed.install()
-    governed.label_and_restart()
+    try:
+        governed.install()
+        governed.label_and_restart()
+    except BaseException:
+        cluster.dump(_REPORTS / "governed")
+        raise
     return governed
 
 
