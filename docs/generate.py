@@ -10,8 +10,9 @@ from typing import Any, Final
 import msgspec
 
 import sidecar.config
+import sidecar.record
 import webhook.config
-from sidecar.core import profile
+from sidecar.core import chain, profile
 from sidecar.core.agreement import ParamHeaders, check
 from sidecar.core.asks import ASKS, FOLLOW_UPS
 from sidecar.core.connection import Connection
@@ -21,7 +22,7 @@ from sidecar.core.replies import answer
 from sidecar.core.revision import CAPABILITIES, VERSION, Revision
 from sidecar.errors import Reason, Refusal
 from sidecar.pipeline import CANCELLED, Snapshot, read
-from webhook.core import annotations, contract, quantity, resources
+from webhook.core import annotations, contract, quantity, resources, siem
 
 REFERENCE: Final = Path(__file__).parent / "reference"
 NOTE: Final = "<!-- Made by docs/generate.py from the code; edit the code. -->\n"
@@ -37,6 +38,8 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "refusals.md", _refusals()
     yield "methods.md", _methods()
     yield "policy-input.md", _policy_input()
+    yield "audit-record.md", _filled("audit-record.md", fields=_fields(), chain=_chain(), siem=_siem())
+    yield "audit-record.schema.json", json.dumps(sidecar.record.json_schema(), indent=1) + "\n"
     yield "revisions.md", _filled("revisions.md", taken=_taken(), denied=_denied())
 
 
@@ -233,6 +236,20 @@ def _denied() -> str:
             era = "from 2026-07-28 on" if revision.is_modern else "up to 2025-11-25"
             rows.append((f"`{shape}`", era, str(response.status), f"`{response.body.decode()}`"))
     return _table(("`denied`", "", "HTTP status", "body"), rows)
+
+
+def _fields() -> str:
+    rows = [(f"`{path}`", kind, meaning) for path, kind, meaning in sidecar.record.FIELDS]
+    return _table(("member", "type", "meaning"), rows)
+
+
+def _chain() -> str:
+    return _table(("member", "type", "meaning"), [(f"`{path}`", kind, said) for path, kind, said in chain.FIELDS])
+
+
+def _siem() -> str:
+    rows = [(f"`{row.source}`", row.ecs and f"`{row.ecs}`", row.ocsf and f"`{row.ocsf}`") for row in siem.TABLE]
+    return _table(("record", "ECS", "OCSF"), rows)
 
 
 def _methods() -> str:

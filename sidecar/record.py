@@ -17,9 +17,11 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from certs.verify import Peer
+from sidecar.core import chain
 from sidecar.core.authorise import Agent
 from sidecar.core.claims import User
 from sidecar.core.content import ARGUMENTS, RESULT, compiled, summary
+from sidecar.core.limits import Charge
 from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscription, Task, Tool
 from sidecar.core.profile import Audit, Server
 from sidecar.core.redaction import Content, redact
@@ -145,7 +147,13 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
         "What content rules found, and never the text itself: `rule`, `action`, `mode`, `where`, `count`.",
     ),
     ("decision.revision", "string", "Revision of the policy bundle that judged; empty when there was none."),
-    ("limits", "array", "Limits from which the message took a token."),
+    ("limits", "array", "Names of the limits that the message counts in."),
+    (
+        "charges",
+        "array",
+        "What it cost there: `limit`, `units`; `remaining` units after it; `warned`: per cent of a quota that it crossed; "
+        "`fallback`: judged without the store; `over`: more than a limit in shadow mode has.",
+    ),
     ("latency_s", "object", "Seconds."),
     ("latency_s.judge", "number", "From the first byte to the decision."),
     ("latency_s.wait", "number?", "From the decision to sending: credentials were fetched, or others asked."),
@@ -153,6 +161,33 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("latency_s.total", "number", "From the first byte to the last."),
     ("aborted", "string?", "Why the answer did not reach its end."),
 )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a line. What it does not name may come in v1, and is to be passed over."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA, **_object("")}
+    schema["properties"]["schema"]["const"] = SCHEMA
+    schema["properties"]["phase"]["enum"] = list(Phase)
+    schema["properties"]["outcome"]["enum"] = list(Outcome)
+    return schema
+
+
+def _object(path: str) -> dict[str, Any]:
+    properties = {
+        name[len(path) :]: {"description": meaning, **_type(name, kind)}
+        for name, kind, meaning in (*FIELDS, *chain.FIELDS)
+        if name.startswith(path) and "." not in name[len(path) :]
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _type(path: str, kind: str) -> dict[str, Any]:
+    if kind == "any":
+        return {}
+    types = kind.rstrip("?").split(" or ")
+    members = _object(f"{path}.") if kind.startswith("object") and "content" not in path else {}
+    named = [*types, *(["null"] if kind.endswith("?") else [])]
+    return {**members, "type": named[0] if len(named) == 1 else named}
 
 
 def line(exchange: Exchange, phase: Phase = Phase.END) -> bytes:
@@ -191,6 +226,7 @@ def record(exchange: Exchange, phase: Phase = Phase.END) -> dict[str, Any]:
         "result": _result(exchange, audit) if was_sent and is_end else None,
         "decision": _decision(exchange, "allowed" if was_sent else "refused"),
         "limits": [] if exchange.admission is None else exchange.admission.limits,
+        "charges": [] if exchange.admission is None else [_charge(each) for each in exchange.admission.charges],
         "latency_s": _latency(exchange),
         "aborted": exchange.aborted,
     }
@@ -356,6 +392,17 @@ def _user(user: User) -> dict[str, Any]:
     }
 
 
+def _charge(charge: Charge) -> dict[str, Any]:
+    return {
+        "limit": charge.name,
+        "units": charge.cost,
+        "remaining": charge.remaining,
+        "warned": charge.warned,
+        "fallback": charge.is_fallback,
+        "over": charge.is_over,
+    }
+
+
 _QUERY: Final = re.compile("[?#]")
 
 
@@ -434,7 +481,14 @@ def _decision(exchange: Exchange, outcome: str) -> Any:
 
 @lru_cache(maxsize=MAX_KEPT)
 def _permitted(outcome: str, policies: tuple[str, ...], revision: str) -> orjson.Fragment:
-    verdict: dict[str, Any] = {"outcome": outcome, "reason": None, "detail": None, "policies": policies, "shadow": [], "content": []}
+    verdict: dict[str, Any] = {
+        "outcome": outcome,
+        "reason": None,
+        "detail": None,
+        "policies": policies,
+        "shadow": [],
+        "content": [],
+    }
     return _fragment({**verdict, "revision": revision})
 
 

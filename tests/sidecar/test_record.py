@@ -1,4 +1,4 @@
-"""Every exchange has one record, bounded and complete; docs/reference/audit-record.md is its schema."""
+"""Every exchange has one record, bounded and complete; docs/reference/audit-record.schema.json is its schema."""
 
 import json
 from dataclasses import replace
@@ -9,16 +9,20 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from certs.spiffe import SpiffeId
 from sidecar.core.authorise import Agent
+from sidecar.core.chain import Chain
+from sidecar.core.identity import Principal
 from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscription, Target, Task, Tool, parse
 from sidecar.core.profile import Audit
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange, Outbound
-from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, fingerprint, line, timestamp
+from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, Phase, fingerprint, line, timestamp
 from tests.sidecar.exchanges import (
     AGENT,
+    ALICE,
     STARTED_NS,
     a_call,
     a_connection,
@@ -28,7 +32,7 @@ from tests.sidecar.exchanges import (
     an_unreadable_exchange,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "audit-record.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "audit-record.schema.json"
 
 
 def _written(exchange: Exchange) -> Any:
@@ -65,6 +69,7 @@ def test_refused_call_says_what_was_asked_and_never_sent() -> None:
         "detail": "forbid-deletes",
         "policies": [],
         "shadow": [],
+        "content": [],
         "revision": "a1b2",
     }
     assert record["message"]["tool"] == "drop_table"
@@ -290,12 +295,74 @@ def _at(record: Any, path: str) -> Any:
     return record
 
 
-def test_reference_page_shows_the_schema() -> None:
-    """docs/reference/audit-record.md has one row for each member, in order."""
-    rows = [f"| `{path}` | {kind} | {meaning} |" for path, kind, meaning in FIELDS]
+def test_every_record_is_what_the_published_schema_says() -> None:
+    """docs/reference/audit-record.schema.json, by a validator that is not ours."""
+    schema = json.loads(PAGE.read_text())
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    outbound = Outbound(host="records.demo", port=8000, expected="spiffe://a.test/ns/demo/sa/*", server=AGENT)
+    exchanges = (
+        an_exchange(a_call("t", {"a": 1})),
+        an_exchange(a_call("t", {"a": "x" * 100}), profile=a_profile(audit=Audit(max_bytes=10))),
+        an_exchange(outbound=outbound),
+        an_exchange(result=None, aborted="cut", connection=replace(a_connection(), peer=None)),
+        a_refused_exchange(),
+        an_unreadable_exchange(),
+    )
+    for text in (*map(line, exchanges), line(an_exchange(), Phase.BEGIN)):
+        validator.validate(json.loads(Chain("c1").sealed(text)))
 
-    page = PAGE.read_text().partition("## The chain")[0]  # which is added when a line is written
-    assert rows == [row for row in page.splitlines() if row.startswith("| `")]
+    assert not validator.is_valid(_written(an_exchange()))  # it is no line of a trail before it has its place
+    assert not validator.is_valid(json.loads(Chain("c1").sealed(line(an_exchange()))) | {"phase": "middle"})
+
+
+@pytest.mark.parametrize(
+    ("exchange", "outcome"),
+    [
+        (an_exchange(), "success"),
+        (an_exchange(tool_failed=True), "error"),
+        (an_exchange(error_code=-32602), "error"),
+        (an_exchange(refusal=Refusal(Reason.UPSTREAM, "the server closed")), "error"),
+        (an_exchange(aborted="the client closed the connection"), "aborted"),
+        (a_refused_exchange(), "refused"),
+        (an_unreadable_exchange(), "refused"),
+    ],
+    ids=["success", "tool", "server", "upstream", "aborted", "refused", "unreadable"],
+)
+def test_the_outcome_is_one_word(exchange: Exchange, outcome: str) -> None:
+    """What a dashboard counts."""
+    assert _written(exchange)["outcome"] == outcome
+
+
+def test_a_begun_call_is_told_as_far_as_it_goes() -> None:
+    """Everything but what came of it; and the end says the same of the call."""
+    exchange = an_exchange(a_call("t", {"a": 1}), sent_s=0.0005)
+    begun, ended = json.loads(line(exchange, Phase.BEGIN)), json.loads(line(exchange))
+
+    assert (begun["phase"], begun["outcome"], begun["result"]) == ("begin", "pending", None)
+    same = {key for key in begun if begun[key] == ended[key]}
+    assert set(begun) - same == {"phase", "outcome", "result"}
+
+
+def test_time_is_split_into_judging_waiting_and_the_server_s() -> None:
+    """Together no more than the whole."""
+    latency = _written(an_exchange(judged_s=0.001, sent_s=0.003, upstream_s=0.010, total_s=0.012))["latency_s"]
+
+    assert latency == {"judge": 0.001, "wait": 0.002, "upstream": 0.007, "total": 0.012}
+    assert _written(a_refused_exchange())["latency_s"]["wait"] is None
+
+
+def test_what_is_kept_of_one_caller_is_never_another_s() -> None:
+    """Pieces of JSON are shared between records by the objects they were made of."""
+    written = []
+    for number in range(3000):
+        user = replace(ALICE, id=f"user-{number}")
+        principal = Principal(workload=AGENT, user=user, expires_at_s=user.expires_at_s)
+        connection = replace(a_connection(), client=f"10.0.0.1:{number}")
+        exchange = an_exchange(principal=principal, connection=connection)
+        written.append((number, _written(exchange)["who"]))
+
+    assert all(who["user"]["id"] == f"user-{n}" and who["client"] == f"10.0.0.1:{n}" for n, who in written)
 
 
 def test_readable_message_round_trips_its_id() -> None:
