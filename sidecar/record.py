@@ -151,8 +151,7 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     (
         "charges",
         "array",
-        "What it cost there: `limit`, `units`; `remaining` units after it; `warned`: per cent of a quota that it crossed; "
-        "`fallback`: judged without the store; `over`: more than a limit in shadow mode has.",
+        "What it cost there: `limit`, `units`, `remaining`, `warned` at per cent of a quota; `over`, `fallback`: not enforced.",
     ),
     ("latency_s", "object", "Seconds."),
     ("latency_s.judge", "number", "From the first byte to the decision."),
