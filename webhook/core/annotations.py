@@ -18,6 +18,7 @@ GROUP: Final = "sidegate.dev"
 STATUS: Final = f"{GROUP}/status"  # written back by us: information for people, never evidence
 AGENT: Final = f"{GROUP}/agent"  # label: the pod calls MCP servers, and is none
 INJECTED: Final = f"{GROUP}/injected"  # label, written back: the revision, for selection
+CAPTURED: Final = f"{GROUP}/capture"  # label, written back: the capture mode, for NetworkPolicies
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 _PATH: Final = re.compile(r"/[!-~]{0,511}", re.ASCII)
 

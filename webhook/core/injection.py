@@ -215,6 +215,7 @@ def _plan(
         relocated=relocated,
         status=_status(template, capture, port, move),
         revision=template.revision,
+        capture=capture,
         image_pull_secrets=template.image_pull_secrets,
         port_move=move,
     )
@@ -286,6 +287,7 @@ def _plan_agent(
         relocated={each["name"]: container.proxied(each) for each in both} if capture is Capture.REMAP else {},
         status=_agent_status(template, capture, ports),
         revision=template.revision,
+        capture=capture,
         image_pull_secrets=template.image_pull_secrets,
     )
     return injection, plan, bare_raw

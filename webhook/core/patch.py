@@ -11,8 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.config import Capture
 from webhook.core import container, probes, relay
-from webhook.core.annotations import INJECTED, STATUS
+from webhook.core.annotations import CAPTURED, INJECTED, STATUS
 from webhook.core.pod import JSON
 
 
@@ -34,6 +35,7 @@ class Injection:
     relocated: dict[str, JSON]
     status: str
     revision: str
+    capture: Capture
     image_pull_secrets: tuple[str, ...] = ()
     port_move: PortMove | None = None
 
@@ -43,7 +45,11 @@ def mutate(pod: JSON, injection: Injection) -> JSON:
     mutated = copy.deepcopy(pod)
     spec = mutated["spec"]
     metadata = mutated["metadata"] = mutated.get("metadata") or {}
-    for field, key, value in (("labels", INJECTED, injection.revision), ("annotations", STATUS, injection.status)):
+    for field, key, value in (
+        ("labels", CAPTURED, str(injection.capture)),
+        ("labels", INJECTED, injection.revision),
+        ("annotations", STATUS, injection.status),
+    ):
         metadata[field] = (metadata.get(field) or {}) | {key: value}
     for field in ("initContainers", "containers"):
         if spec.get(field):
@@ -80,7 +86,7 @@ def restore(pod: JSON) -> JSON:
             for each in spec[field]
         ]
     spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in container.VOLUMES]
-    for field, key in (("labels", INJECTED), ("annotations", STATUS)):
+    for field, key in (("labels", CAPTURED), ("labels", INJECTED), ("annotations", STATUS)):
         if metadata.get(field):
             metadata[field].pop(key, None)
     return restored

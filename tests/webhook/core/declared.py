@@ -4,6 +4,7 @@ from typing import Any
 
 OURS = {"sidegate", "sidegate-net", "sidegate-relay"}
 VOLUMES = {"sidegate-spiffe", "sidegate-cache", "sidegate-no-token", "sidegate-relay"}
+WRITTEN = {"sidegate.dev/capture", "sidegate.dev/injected", "sidegate.dev/status"}
 PROXY = {"HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"}
 SECRET = {"name": "sidegate"}  # of the cases that pull with one
 RELAY = "/.sidegate/relay"
@@ -14,8 +15,10 @@ def rest(pod: Any) -> Any:
     metadata = {
         key: value for key, value in (pod.get("metadata") or {}).items() if key not in ("labels", "annotations")
     }
-    for field, ours in (("labels", "sidegate.dev/injected"), ("annotations", "sidegate.dev/status")):
-        kept = {key: value for key, value in ((pod.get("metadata") or {}).get(field) or {}).items() if key != ours}
+    for field in ("labels", "annotations"):
+        kept = {
+            key: value for key, value in ((pod.get("metadata") or {}).get(field) or {}).items() if key not in WRITTEN
+        }
         metadata |= {field: kept} if kept else {}
     spec = dict(pod["spec"])
     for field in ("initContainers", "containers"):
