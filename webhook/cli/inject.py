@@ -1,7 +1,8 @@
 """`sidegate inject`: the webhook's own decision, offline: manifests in, the same manifests with the sidecar in them out.
 
 Pods and whatever has a pod template are rendered; everything else passes, but for MCPServerProfiles, which also take
-part in the decision. Nothing is printed when any pod would be refused.
+part in the decision. Nothing is printed when any pod would be refused, by the webhook or, as far as the namespace's
+labels tell, by Pod Security behind it.
 """
 
 import argparse
@@ -14,11 +15,11 @@ from typing import Any, Final
 import yaml
 
 from sidecar import __version__
-from sidecar.config import PREFIX
+from sidecar.config import PREFIX, Capture
 from sidecar.errors import ConfigError
 from webhook.config import Settings, template
 from webhook.core import resources
-from webhook.core.container import Template
+from webhook.core.container import NET, Template
 from webhook.core.injection import INJECTION_LABEL, Deny, Inject, Skip, decide, policy_of
 from webhook.core.pod import JSON
 from webhook.core.resources import ServerProfileSpec
@@ -28,12 +29,14 @@ TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
     "Pod": (),
     "Deployment": ("spec", "template"),
     "ReplicaSet": ("spec", "template"),
+    "ReplicationController": ("spec", "template"),
     "StatefulSet": ("spec", "template"),
     "DaemonSet": ("spec", "template"),
     "Job": ("spec", "template"),
     "Rollout": ("spec", "template"),
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
 }
+POD_SECURITY_LABEL: Final = "pod-security.kubernetes.io/enforce"
 DEFAULT_SETTINGS: Final = {f"{PREFIX}CONTROL_PLANE_ID": "spiffe://cluster.local/ns/sidegate-system/sa/sidegate"}
 EXAMPLE: Final = f"example: sidegate inject -f deployment.yaml --namespace shop --namespace-labels {INJECTION_LABEL}=enabled | kubectl diff -f -"  # fmt: skip # noqa: E501
 
@@ -51,7 +54,10 @@ def add_to(verbs: Any) -> None:
 
 def perform(options: argparse.Namespace) -> int:
     """Print the manifests; return 1, and print none, when a pod would be refused."""
-    text = sys.stdin.read() if options.filename == "-" else Path(options.filename).read_text(encoding="utf-8")
+    try:
+        text = sys.stdin.read() if options.filename == "-" else Path(options.filename).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{options.filename}: expected YAML in UTF-8: {error}") from error
     documents = list(_documents(text, options.filename))
     labels = _labels(options.namespace_labels)
     keys = "" if options.bundle_keys is None else options.bundle_keys.read_text(encoding="utf-8")
@@ -71,11 +77,12 @@ class Injector:
     def __init__(self, made: Template, labels: Mapping[str, str], namespace: str, documents: list[JSON]) -> None:
         self._template = made
         self._policy = policy_of(labels)
+        self._pod_security = labels.get(POD_SECURITY_LABEL, "privileged")
         self._namespace = namespace
         self._nonce = secrets.token_hex(16)  # what is printed may be applied
         self.profiles: dict[str, dict[str, ServerProfileSpec]] = {}
         for each in documents:
-            if each.get("kind") == resources.SERVER_PROFILE.name:
+            if each["kind"] == resources.SERVER_PROFILE.name:
                 spec = resources.decode(resources.SERVER_PROFILE, each, ServerProfileSpec)
                 self.profiles.setdefault(self._namespace_of(each), {})[_name(each)] = spec
         self.said: list[str] = []
@@ -83,14 +90,13 @@ class Injector:
 
     def render(self, document: JSON) -> JSON:
         """Return *document* as the webhook would make its pods; the same one when it has none or they are left alone."""
-        path = TEMPLATES.get(document.get("kind", ""))
+        path = TEMPLATES.get(document["kind"])
         if path is None:
             return document
         pod = _at(document, path)
-        if not isinstance(pod, dict):
+        if not isinstance(pod, dict) or not isinstance(_metadata(pod), dict):
             raise ConfigError(f"{_label(document)}: {'.'.join(path)}: expected a pod template")
-        metadata = pod.get("metadata") or {}
-        asked = pod if not path else pod | {"metadata": metadata | {"generateName": f"{_name(document)}-"}}
+        asked = pod if not path else pod | {"metadata": _metadata(pod) | {"generateName": f"{_name(document)}-"}}
         namespace = self._namespace_of(document)
         decision = decide(
             asked,
@@ -108,6 +114,7 @@ class Injector:
                 self.said.append(f"{_label(document)}: left alone: {decision.reason}")
             case Inject():
                 self.said.extend(f"warning: {_label(document)}: {text}" for text in decision.warnings)
+                self._judge_pod_security(document, decision.capture)
                 made = decision.pod
                 if path:
                     kept = {key: value for key, value in made["metadata"].items() if key != "generateName"}
@@ -115,8 +122,17 @@ class Injector:
                 return _replaced(document, path, made)
         return document
 
+    def _judge_pod_security(self, document: JSON, capture: Capture) -> None:
+        """Say what the API server's own admission would, behind the webhook's."""
+        if capture is Capture.REDIRECT and self._pod_security in ("baseline", "restricted"):
+            self.denied = True
+            self.said.append(
+                f"error: {_label(document)}: Pod Security {self._pod_security} of the namespace refuses NET_ADMIN of "
+                f"{NET}; use capture mode remap"
+            )
+
     def _namespace_of(self, document: JSON) -> str:
-        return (document.get("metadata") or {}).get("namespace") or self._namespace
+        return str(_metadata(document).get("namespace") or self._namespace)
 
 
 def _documents(text: str, source: str) -> Iterator[JSON]:
@@ -125,14 +141,29 @@ def _documents(text: str, source: str) -> Iterator[JSON]:
         for document in yaml.safe_load_all(text):
             if document is None:
                 continue
-            if not isinstance(document, dict):
-                raise ConfigError(f"{source}: expected objects of Kubernetes, found {type(document).__name__}")
-            if str(document.get("kind", "")).endswith("List") and isinstance(document.get("items"), list):
-                yield from document["items"]
-            else:
+            kind, items = _checked(document, source)["kind"], document.get("items")
+            if not kind.endswith("List") or not isinstance(items, list):
                 yield document
-    except yaml.YAMLError as error:
+                continue
+            said = {
+                "apiVersion": document.get("apiVersion"),
+                "kind": kind.removesuffix("List"),
+            }  # of typed lists' items
+            for item in items:
+                yield _checked(said | item if isinstance(item, dict) and kind != "List" else item, source)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _checked(document: Any, source: str) -> JSON:
+    """Return *document* when it has the least that every object of Kubernetes has. Raises ConfigError."""
+    if not isinstance(document, dict):
+        raise ConfigError(f"{source}: expected objects of Kubernetes, found {type(document).__name__}")
+    if not isinstance(document.get("kind"), str):
+        raise ConfigError(f"{source}: expected objects of Kubernetes, found one without kind")
+    if not isinstance(_metadata(document), dict):
+        raise ConfigError(f"{source}: {document['kind']}: metadata: expected an object")
+    return document
 
 
 def _labels(text: str) -> dict[str, str]:
@@ -157,8 +188,12 @@ def _template(path: Path | None, bundle_keys: str) -> Template:
     return template(Settings.from_env(environment), __version__, bundle_keys)
 
 
+def _metadata(document: JSON) -> JSON:
+    return document.get("metadata") or {}
+
+
 def _name(document: JSON) -> str:
-    return str((document.get("metadata") or {}).get("name") or "")
+    return str(_metadata(document).get("name") or "")
 
 
 def _label(document: JSON) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.webhook.core.golden_cases import Case, cases
+from tests.webhook.core.golden_cases import NONCE, Case, cases
 from webhook.cli.__main__ import main
 from webhook.cli.inject import Injector
 from webhook.core.injection import Inject, Skip
@@ -41,6 +41,7 @@ def test_a_golden_pod_comes_out_as_from_the_webhook(case: Case) -> None:
     metadata = case.namespace["metadata"]
     decision = case.decide(case.pod)
     injector = Injector(case.template, metadata.get("labels") or {}, metadata["name"], [])
+    injector._nonce = NONCE
     injector.profiles[metadata["name"]] = case.profiles
     pod = {"kind": "Pod"} | case.pod
 
@@ -83,6 +84,48 @@ def test_lists_and_other_objects_pass(capsys: pytest.CaptureFixture[str], tmp_pa
 
     assert [each["kind"] for each in made] == ["Service", "Deployment"]
     assert made[0] == service
+
+
+def test_items_of_a_typed_list_get_its_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The API lists deployments as a DeploymentList of objects without kind."""
+    item = {key: value for key, value in deployment().items() if key != "kind"}
+    [made] = injected(capsys, written(tmp_path, {"apiVersion": "apps/v1", "kind": "DeploymentList", "items": [item]}))
+
+    assert (made["apiVersion"], made["kind"]) == ("apps/v1", "Deployment")
+    assert "initContainers" in made["spec"]["template"]["spec"]  # type: ignore[index]
+
+
+def test_unknown_kinds_with_lists_and_empty_documents_pass(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Only what Kubernetes calls a list is one."""
+    path = tmp_path / "many.yaml"
+    path.write_text("---\nkind: AllowList\nitems: none\n---\n---\nkind: Shopping\nitems: [milk]\n")
+
+    assert injected(capsys, path) == [{"kind": "AllowList", "items": "none"}, {"kind": "Shopping", "items": ["milk"]}]
+
+
+@pytest.mark.parametrize("level", ["baseline", "restricted"])
+def test_what_pod_security_would_refuse_is_told(level: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its verdict comes behind ours in the API server, and in capture mode redirect it is known beforehand."""
+    labels = f"sidegate.dev/injection=enabled,pod-security.kubernetes.io/enforce={level}"
+    path = written(tmp_path, deployment())
+    settings = tmp_path / "settings"
+    settings.write_text("SIDEGATE_CAPTURE=remap\nSIDEGATE_WEAKEST_CAPTURE=remap\n")
+
+    assert main(["inject", "-f", str(path), "--namespace-labels", labels]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"error: Deployment api: Pod Security {level} of the namespace refuses NET_ADMIN" in said.err
+    assert injected(capsys, path, "--namespace-labels", labels, "--settings", str(settings))
+
+
+def test_each_run_has_hook_tokens_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What is printed may be applied, so nobody may know the token beforehand."""
+    hooked = deployment()
+    app = {**POD["containers"][0], "lifecycle": {"preStop": {"httpGet": {"port": 8080}}}}
+    hooked["spec"]["template"]["spec"] = {"containers": [app]}  # type: ignore[index]
+    path = written(tmp_path, hooked)
+
+    assert injected(capsys, path) != injected(capsys, path)
 
 
 def test_a_profile_in_the_input_takes_part(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -136,6 +179,14 @@ def test_a_refused_pod_is_told_and_nothing_is_printed(capsys: pytest.CaptureFixt
     [
         ("{", (), "while parsing"),
         ("- 1", (), "expected objects of Kubernetes, found list"),
+        ("a: 1", (), "expected objects of Kubernetes, found one without kind"),
+        ("kind: [x]", (), "expected objects of Kubernetes, found one without kind"),
+        ("kind: List\nitems: [1]", (), "expected objects of Kubernetes, found int"),
+        ("kind: PodList\nitems: [1]", (), "expected objects of Kubernetes, found int"),
+        ("kind: Pod\nmetadata: [1]", (), "Pod: metadata: expected an object"),
+        ("kind: Deployment\nspec: {template: {metadata: [1]}}", (), "spec.template: expected a pod template"),
+        ("kind: Deployment\nspec: {template: {metadata: {labels: 1}, spec: 1}}", (), "malformed: pod: "),
+        ("[" * 5000, (), "wrong.yaml"),
         ("kind: Deployment", (), "spec.template: expected a pod template"),
         ("kind: Pod", ("--namespace-labels", "enabled"), "--namespace-labels enabled: expected KEY=VALUE"),
         ("kind: MCPServerProfile", (), "MCPServerProfile"),
@@ -168,6 +219,15 @@ def test_wrong_settings_are_told(line: str, expected: str, capsys: pytest.Captur
 
     assert main(["inject", "-f", str(written(tmp_path, deployment())), "--settings", str(settings)]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_input_that_is_no_text_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An archive, say, in place of what it holds."""
+    path = tmp_path / "chart.tgz"
+    path.write_bytes(b"\x1f\x8b\xff")
+
+    assert main(["inject", "-f", str(path)]) == 1
+    assert "chart.tgz: expected YAML in UTF-8" in capsys.readouterr().err
 
 
 def test_a_bad_profile_names_its_field() -> None:

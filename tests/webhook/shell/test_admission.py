@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -13,17 +14,20 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from tests.webhook.core.golden_cases import TEMPLATE
+from tests.webhook.core.golden_cases import NONCE, TEMPLATE, Case, cases
 from webhook.core.container import Template
+from webhook.core.injection import Deny, Inject, Skip, policy_of
 from webhook.core.resources import ServerProfileSpec
 from webhook.errors import BadResource
-from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
+from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady, World
 from webhook.shell.metrics import Metrics
 
 POD = {
     "metadata": {"labels": {"sidegate.dev/server": "true"}},
     "spec": {"containers": [{"name": "app", "image": "app", "ports": [{"containerPort": 8080}]}]},
 }
+
+CASES = [case for case in cases() if policy_of(case.namespace["metadata"].get("labels") or {}) is not None]
 
 
 class FakeWorld:
@@ -58,13 +62,15 @@ def a_review(pod: Any = POD, **request: Any) -> Any:
 
 
 @asynccontextmanager
-async def serving(error: Exception | None = None) -> AsyncIterator[tuple[str, Metrics, aiohttp.ClientSession]]:
+async def serving(
+    error: Exception | None = None, *, world: World | None = None, policy: str = "optional"
+) -> AsyncIterator[tuple[str, Metrics, aiohttp.ClientSession]]:
     """Give the address of a webhook, and what it counts."""
     metrics = Metrics()
     application = web.Application(client_max_size=MAX_BODY_BYTES)
-    application.router.add_post("/mutate/{policy}", Admission(FakeWorld(error), metrics).mutate)
+    application.router.add_post("/mutate/{policy}", Admission(world or FakeWorld(error), metrics).mutate)
     async with TestServer(application) as server, aiohttp.ClientSession() as session:
-        yield str(server.make_url("/mutate/optional")), metrics, session
+        yield str(server.make_url(f"/mutate/{policy}")), metrics, session
 
 
 async def reviewed(review: Any, error: Exception | None = None) -> Any:
@@ -78,6 +84,55 @@ async def reviewed(review: Any, error: Exception | None = None) -> Any:
     assert (answer["apiVersion"], answer["kind"]) == ("admission.k8s.io/v1", "AdmissionReview")
     assert answer["response"]["uid"] == review["request"]["uid"]
     return answer["response"]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseWorld:
+    """What admission knows in a golden case."""
+
+    case: Case
+
+    def template(self) -> Template:
+        """Return the case's template."""
+        return self.case.template
+
+    def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:
+        """Return the case's profiles."""
+        assert namespace == self.case.namespace["metadata"]["name"]
+        return self.case.profiles
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder.name)
+async def test_golden_case_is_answered_as_decided(case: Case) -> None:
+    """The API server gets, in its own form, what the offline renderer prints; twice, and then without a patch."""
+    decision = case.decide(case.pod)
+    metadata = case.namespace["metadata"]
+    policy = policy_of(metadata.get("labels") or {})
+    assert policy is not None
+
+    async with serving(world=CaseWorld(case), policy=policy) as (url, _, session):
+
+        async def ask(pod: Any) -> Any:
+            review = a_review(pod, uid=NONCE, namespace=metadata["name"])
+            async with session.post(url, json=review) as response:
+                return (await response.json())["response"]
+
+        first = await ask(case.pod)
+        assert first["auditAnnotations"]["decision"] == type(decision).__name__.lower()
+        match decision:
+            case Inject():
+                patched = jsonpatch.apply_patch(case.pod, json.loads(base64.b64decode(first.get("patch", "W10="))))
+                assert patched == decision.pod
+                assert first.get("warnings", []) == list(decision.warnings)
+                second = await ask(patched)
+                assert second["allowed"]
+                assert not {"patch", "patchType"} & second.keys()
+            case Skip():
+                assert first["allowed"]
+                assert "patch" not in first
+            case Deny():
+                assert first["status"]["reason"] == decision.code
+                assert decision.message in first["status"]["message"]
 
 
 async def test_pod_is_patched() -> None:
