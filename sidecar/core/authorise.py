@@ -4,7 +4,7 @@ Refuses on an engine's error, on an undefined result and on anything else but a 
 Permit (tests/architecture). The document that both engines see is versioned: its fields are the contract with authors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -39,53 +39,104 @@ class Question:
 
     def document(self) -> dict[str, Any]:
         """Return `input`, as Rego sees it; Cedar's entities and context are made from the same fields."""
-        user, workload, target = self.principal.user, self.principal.workload, self.message.target
-        return {
-            "user": None
-            if user is None
-            else {
-                "id": user.id,
-                "issuer": user.issuer,
-                "email": user.email,
-                "role": user.role,
-                "roles": list(user.roles),
-                "groups": list(user.groups),
-                "claims": user.claims,
-            },
-            "workload": None
-            if workload is None
-            else {
-                "spiffe_id": str(workload),
-                "trust_domain": str(workload.trust_domain),
-                "path": workload.path,
-                "namespace": workload.namespace,
-                "service_account": workload.service_account,
-            },
-            "agent": {
-                "id": None if workload is None else str(workload),
-                "session": self.agent.session,
-                "client": {"name": self.agent.client_name, "version": self.agent.client_version},
-            },
-            "server": {
-                "namespace": self.server.namespace,
-                "workload": self.server.workload,
-                "name": self.server.name,
-                "version": self.server.version,
-            },
-            "method": self.message.method,
-            "tool": {"name": target.name, "args": target.arguments} if isinstance(target, Tool) else None,
-            "prompt": {"name": target.name, "args": target.arguments} if isinstance(target, Prompt) else None,
-            "resource": {"uri": target.uri} if isinstance(target, Resource) else None,
-            "elicitation": {"mode": target.mode, "url": target.url}
-            if isinstance(target, Ask) and target.method == "elicitation/create"
-            else None,
-            "request": {
-                "time": self.time_ns,
-                "protocol_version": self.protocol_version,
-                "trace_id": self.trace_id,
-            },
-            "delegation": [] if user is None else [{"sub": each.sub, "actor": each.actor} for each in user.delegation],
-        }
+        return {name: part(self) for name, part in PARTS.items()}
+
+
+def _user(question: Question) -> dict[str, Any] | None:
+    user = question.principal.user
+    if user is None:
+        return None
+    return {
+        "id": user.id,
+        "issuer": user.issuer,
+        "email": user.email,
+        "role": user.role,
+        "roles": list(user.roles),
+        "groups": list(user.groups),
+        "claims": user.claims,
+    }
+
+
+def _workload(question: Question) -> dict[str, Any] | None:
+    workload = question.principal.workload
+    if workload is None:
+        return None
+    return {
+        "spiffe_id": str(workload),
+        "trust_domain": str(workload.trust_domain),
+        "path": workload.path,
+        "namespace": workload.namespace,
+        "service_account": workload.service_account,
+    }
+
+
+def _agent(question: Question) -> dict[str, Any]:
+    workload, agent = question.principal.workload, question.agent
+    return {
+        "id": None if workload is None else str(workload),
+        "session": agent.session,
+        "client": {"name": agent.client_name, "version": agent.client_version},
+    }
+
+
+def _server(question: Question) -> dict[str, Any]:
+    server = question.server
+    return {
+        "namespace": server.namespace,
+        "workload": server.workload,
+        "name": server.name,
+        "version": server.version,
+    }
+
+
+def _tool(question: Question) -> dict[str, Any] | None:
+    target = question.message.target
+    return {"name": target.name, "args": target.arguments} if isinstance(target, Tool) else None
+
+
+def _prompt(question: Question) -> dict[str, Any] | None:
+    target = question.message.target
+    return {"name": target.name, "args": target.arguments} if isinstance(target, Prompt) else None
+
+
+def _resource(question: Question) -> dict[str, Any] | None:
+    target = question.message.target
+    return {"uri": target.uri} if isinstance(target, Resource) else None
+
+
+def _elicitation(question: Question) -> dict[str, Any] | None:
+    target = question.message.target
+    is_one = isinstance(target, Ask) and target.method == "elicitation/create"
+    return {"mode": target.mode, "url": target.url} if is_one and isinstance(target, Ask) else None
+
+
+def _request(question: Question) -> dict[str, Any]:
+    return {
+        "time": question.time_ns,
+        "protocol_version": question.protocol_version,
+        "trace_id": question.trace_id,
+    }
+
+
+def _delegation(question: Question) -> list[dict[str, Any]]:
+    user = question.principal.user
+    return [] if user is None else [{"sub": each.sub, "actor": each.actor} for each in user.delegation]
+
+
+# Each made by itself: what no policy reads is not made at all (sidecar/core/projection.py).
+PARTS: Final[Mapping[str, Callable[[Question], Any]]] = {
+    "user": _user,
+    "workload": _workload,
+    "agent": _agent,
+    "server": _server,
+    "method": lambda question: question.message.method,
+    "tool": _tool,
+    "prompt": _prompt,
+    "resource": _resource,
+    "elicitation": _elicitation,
+    "request": _request,
+    "delegation": _delegation,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

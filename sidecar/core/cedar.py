@@ -16,10 +16,12 @@ context    args (of the tool or prompt), claims (of the user), elicitation, dele
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import cedarpy
+import orjson
 
 from sidecar.core.authorise import Question, Verdict
 from sidecar.core.projection import WHOLE, Projection
@@ -28,6 +30,8 @@ from sidecar.errors import BundleError
 Json = dict[str, Any]
 ESCAPES: Final = frozenset({"__entity", "__extn", "__expr"})  # Cedar's JSON reads these as entities and calls
 MAX_INTEGER: Final = 2**63 - 1
+MAX_ENTITIES: Final = 512  # callers at things, kept in Cedar's own form; about 2 KB each
+MAX_ENTITIES_CHARS: Final = 8192  # of one kept
 _POLICY: Final = re.compile(r"policy\d+")
 
 
@@ -36,7 +40,7 @@ class Unspeakable(ValueError):  # noqa: N818 - not a failure: the value exists, 
 
 
 class CedarEngine:
-    """An Engine over parsed policies; immutable."""
+    """An Engine over parsed policies. Mutated by decide only."""
 
     name = "cedar"
 
@@ -49,6 +53,7 @@ class CedarEngine:
     ) -> None:
         """Parse *policies*, file name -> text, which speak *vocabulary*. Raises BundleError naming the file."""
         self._projection = projection
+        self._entities: OrderedDict[str, cedarpy.Entities] = OrderedDict()
         self._translate = translate
         if vocabulary == "toolhive":
             from sidecar.core import toolhive  # noqa: PLC0415 - which needs this module, and few need it
@@ -63,11 +68,11 @@ class CedarEngine:
     def decide(self, question: Question) -> Verdict:
         """Return the verdict; policies are those that decided, by @id or `<file>#<number>`."""
         try:
-            request, entities = self._translate(self._projection.narrow(question.document()))
+            request, entities = self._translate(self._projection.part_of(question))
         except (Unspeakable, RecursionError) as error:
             return Verdict(allowed=False, errors=(f"cedar: {error}",))
         try:
-            result = cedarpy.is_authorized(request, self._policies, entities)
+            result = cedarpy.is_authorized(request, self._policies, self._parsed(entities))
         except BaseException as error:  # a panic in the engine's native code is none of Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -78,6 +83,23 @@ class CedarEngine:
             policies=tuple(sorted(self._labels.get(reason, reason) for reason in diagnostics.reasons)),
             errors=tuple(f"cedar: {self._named(error)}" for error in diagnostics.errors),
         )
+
+    def forget(self) -> None:
+        """Keep no entities."""
+        self._entities.clear()
+
+    def _parsed(self, entities: str) -> cedarpy.Entities:
+        """Return *entities*, JSON, in Cedar's own form: the same caller at the same tool has the same."""
+        kept = self._entities.get(entities)
+        if kept is not None:
+            self._entities.move_to_end(entities)
+            return kept
+        made = cedarpy.Entities.from_json_str(entities)
+        if len(entities) <= MAX_ENTITIES_CHARS:
+            if len(self._entities) >= MAX_ENTITIES:
+                self._entities.popitem(last=False)
+            self._entities[entities] = made
+        return made
 
     def _named(self, error: str) -> str:
         return _POLICY.sub(lambda found: self._labels.get(found[0], found[0]), error)
@@ -109,9 +131,17 @@ def translate(document: Mapping[str, Any]) -> tuple[Json, str]:
         "principal": principal,
         "action": {"type": "Action", "id": str(document.get("method"))},
         "resource": resource,
-        "context": json.dumps(_context(document)),
+        "context": written(_context(document)),
     }
-    return request, json.dumps(entities)
+    return request, written(entities)
+
+
+def written(value: Any) -> str:
+    """Return *value* as JSON; raises Unspeakable for what is no text in UTF-8."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError as error:
+        raise Unspeakable(str(error)) from error
 
 
 def _uid(kind: str, name: Any) -> Json:
@@ -151,16 +181,18 @@ def _context(document: Mapping[str, Any]) -> Json:
     context = {"method": document.get("method"), "args": target.get("args", {})}
     context["claims"] = (document.get("user") or {}).get("claims", {})
     for part in ("args", "claims"):
-        _check(context[part], part)
+        if context[part]:
+            _check(context[part], part)
     for part in ("workload", "agent", "request", "delegation", "elicitation"):
-        context[part] = document.get(part)
+        if part in document:
+            context[part] = document[part]
     return _without_null(context)
 
 
 def _without_null(record: Mapping[str, Any]) -> Json:
     """Return *record*, a part of the document whose shape is ours, without null members: Cedar asks `has`."""
     return {
-        name: _without_null(value) if isinstance(value, dict) and name not in ("args", "claims") else value
+        name: _without_null(value) if type(value) is dict and name not in ("args", "claims") else value
         for name, value in record.items()
         if value is not None
     }

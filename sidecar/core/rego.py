@@ -104,7 +104,7 @@ class RegoEngine:
     def decide(self, question: Question) -> Verdict:
         """Return the verdict; policies are the strings of `reasons`, or the rule's name."""
         try:
-            document = _encode(self._projection.narrow(question.document()))
+            document = _encode(self._projection.part_of(question))
         except ValueError as error:
             return Verdict(allowed=False, errors=(f"rego: the input is not JSON: {error}",))
         try:

@@ -10,12 +10,11 @@ Numbers are decimals with four places. Refuses questions without a user, and on 
 as ToolHive has no word for them. Source: ToolHive, "Authorization policy reference" and pkg/authz/authorizers/cedar.
 """
 
-import json
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Final
 
-from sidecar.core.cedar import Json, Unspeakable
+from sidecar.core.cedar import Json, Unspeakable, written
 
 _ACTIONS: Final = {
     "tools/call": ("call_tool", "tool", "call"),
@@ -51,14 +50,14 @@ def translate(document: Mapping[str, Any]) -> tuple[Json, str]:
         {"uid": principal, "attrs": claims, "parents": [{"type": "THVGroup", "id": group} for group in groups]},
         {"uid": resource, "attrs": described, "parents": [server]},
     ]
-    context = json.dumps({**claims, **arguments})
+    context = written({**claims, **arguments})
     request = {
         "principal": principal,
         "action": {"type": "Action", "id": action},
         "resource": resource,
         "context": context,
     }
-    return request, json.dumps(entities)
+    return request, written(entities)
 
 
 def _argument(name: str, value: Any) -> tuple[str, Any]:

@@ -1,5 +1,6 @@
 """sidecar/core/projection.py: what is left out, and that a remembered verdict is a fresh one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core import projection
-from sidecar.core.authorise import Question, Verdict, judge
+from sidecar.core.authorise import Agent, Question, Verdict, judge
+from sidecar.core.claims import Delegated
+from sidecar.core.message import Ask, Prompt, Resource, Tool
 from sidecar.core.projection import WHOLE, Projection, Remembering, pointer, steps
-from tests.sidecar.questions import a_question
+from tests.sidecar.questions import WORKLOAD, a_question, a_user
 
 DOCUMENT = {
     "user": {"id": "u", "role": "a"},
@@ -30,7 +33,9 @@ class Echo:
     def decide(self, question: Question) -> Verdict:
         """Allow what hashes to an even number; put what was seen into the policies."""
         self.decisions += 1
-        text = repr(self.seen.narrow(question.document()))
+        document = self.seen.narrow(question.document())
+        assert document == self.seen.part_of(question)
+        text = repr(document)
         return Verdict(allowed=sum(text.encode()) % 2 == 0, policies=(text,))
 
 
@@ -72,20 +77,59 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 ARGUMENTS = st.dictionaries(NAMES, VALUES, max_size=3)
-READS = st.none() | st.lists(
-    st.lists(NAMES, max_size=2).map(lambda names: pointer(("tool", "args", *names))), max_size=3
+PATHS = st.sampled_from(
+    "/user /user/role /user/claims/a /user/groups /workload /workload/path /agent /agent/session /server/name /method /tool"
+    " /tool/name /tool/args /tool/args/a /tool/args/a/b /tool/args/a~1/0 /prompt /prompt/name /prompt/args/a /resource"
+    " /resource/uri /elicitation /elicitation/mode /request/protocol_version /delegation /delegation/0 /nothing".split()  # noqa: SIM905 - 27 lines otherwise
+)
+READS = st.none() | st.lists(PATHS | st.lists(NAMES, max_size=2).map(lambda names: pointer(("tool", "args", *names))), max_size=4)  # fmt: skip # noqa: E501
+USERS = st.sampled_from(
+    [
+        *(a_user(role, claims=claims, groups=groups) for role in (None, "r") for claims in ({}, {"a": 1}) for groups in ((), ("g",))),
+        a_user("r", id="u-2", delegation=(Delegated(sub="s", actor="t"),)),
+        None,
+    ]
+)  # fmt: skip
+TARGETS = st.one_of(
+    st.builds(Tool, name=st.sampled_from(["a", "b", "null"]), arguments=ARGUMENTS),
+    st.builds(Prompt, name=st.sampled_from(["a", "b"]), arguments=ARGUMENTS),
+    st.builds(Resource, uri=st.sampled_from(["a", "b"])),
+    st.builds(Ask, method=st.sampled_from(["roots/list", "elicitation/create"]), mode=st.sampled_from([None, "url"])),
 )
 
 
-@given(READS, st.lists(st.tuples(st.sampled_from(["a", "b"]), ARGUMENTS), min_size=1, max_size=8))
-def test_a_remembered_verdict_is_a_fresh_one(reads: list[str] | None, calls: list[tuple[str, dict[str, Any]]]) -> None:
+@st.composite
+def questions(draw: st.DrawFn) -> Question:
+    """Anybody, about anything; equal users are not always the same object."""
+    user = draw(USERS)
+    if user is not None and draw(st.booleans()):
+        user = replace(user)
+    asked = a_question("x", user=user, nobody=user is None, workload=draw(st.sampled_from([None, WORKLOAD])))
+    target = draw(TARGETS)
+    agent, version = Agent(session=draw(st.sampled_from([None, "s"]))), draw(st.sampled_from([None, "v"]))
+    return replace(asked, message=asked.message.about(target), agent=agent, protocol_version=version)
+
+
+@given(READS, st.lists(questions(), min_size=1, max_size=8))
+def test_a_remembered_verdict_is_a_fresh_one(reads: list[str] | None, asked: list[Question]) -> None:
     """Whatever was asked before, the answer is the one that the engine would give now."""
     seen = Projection(reads)
     remembering = Remembering([Echo(seen)], seen)
 
-    for tool, arguments in [*calls, *calls]:
-        question = a_question(tool, arguments)
+    for question in [*asked, *asked]:
         assert remembering.decide(question) == judge(question, [Echo(seen)])
+
+
+def test_who_asks_is_written_once_and_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another caller is never taken for one of before, whose place in memory it may have got."""
+    monkeypatch.setattr(projection, "MAX_CALLERS", 2)
+    seen = Projection(["/user/role"])
+    remembering = Remembering([Echo(seen)], seen)
+
+    for number in range(9):
+        question = a_question(user=a_user(f"role-{number % 3}"))
+        assert remembering.decide(question) == judge(question, [Echo(seen)])
+    assert len(remembering._keys._callers) == 2
 
 
 def test_a_question_that_differs_only_in_what_nobody_reads_is_not_asked_again() -> None:
