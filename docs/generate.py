@@ -80,13 +80,42 @@ def _spelt(field: Any) -> str:
             return str(other)
 
 
+CHANGED = """\
+## What changes in a pod
+
+Everything else comes out as it went in, in its order, unknown fields included.
+
+- Our own init containers go first: `sidegate-net` (capture mode `redirect`), `sidegate-relay` (a stdio server), `sidegate`.
+- Our own volumes go first: `sidegate-spiffe`, `sidegate-cache`, `sidegate-no-token`, `sidegate-relay`.
+- The labels and the annotation that the webhook writes; the pull secrets of the sidecar's image are appended.
+- Startup, liveness and readiness probes by HTTP, HTTPS, TCP and gRPC, and HTTP hooks, point at the sidecar's port 15020, where they are performed as the kubelet would. Thresholds, exec probes, exec and sleep hooks, and what is aimed at another host stay.
+- In capture mode `remap` the name of the MCP port moves from the application's port to the sidecar's, so that Services that name it follow.
+- In capture mode `remap` an agent's containers get `HTTP_PROXY` and `NO_PROXY`.
+- The command of a stdio server is wrapped in the relay.
+"""
+
+
 def _annotations() -> str:
+    labels = [
+        (f"`{annotations.GROUP}/{each.name}`", each.place, each.writer, each.values, each.meaning)
+        for each in annotations.LABELS
+    ]
     rows = [
         (f"`{annotations.GROUP}/{each.name}`", f"`{each.example}`", each.default, each.meaning)
         for each in annotations.TABLE
     ]
-    text = "On a pod's template. An unknown `sidegate.dev/` annotation, or a value that its line does not allow, is refused.\n"
-    return f"{NOTE}# Annotations\n\n{text}\n{_table(('annotation', 'example', 'default', 'meaning'), rows)}"
+    return (
+        f"{NOTE}# Labels and annotations\n\n"
+        "## Labels\n\nThey decide whether a pod is governed: the API server selects by them. "
+        "A value of a pod's that is not listed is refused.\n\n"
+        f"{_table(('label', 'on a', 'written by', 'values', 'meaning'), labels)}\n"
+        "## Annotations\n\nOn a pod's template; they adjust what the sidecar does. "
+        f"An unknown `{annotations.GROUP}/` annotation, or a value that its line does not allow, is refused.\n\n"
+        f"{_table(('annotation', 'example', 'default', 'meaning'), rows)}\n"
+        f"The webhook writes `{annotations.STATUS}`: version, revision, hash of the settings, capture mode, port. "
+        "It is information for people, never evidence.\n\n"
+        f"{CHANGED}"
+    )
 
 
 def _profile() -> str:

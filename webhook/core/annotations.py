@@ -1,4 +1,4 @@
-"""The annotations by which a pod adjusts its sidecar: name, meaning, default, parser; the reference page is made of it.
+"""The annotations by which a pod adjusts its sidecar, and the labels that decide about it; the reference page is made of both.
 
 Refuses an unknown `sidegate.dev/` annotation and a value outside what its line allows: a misspelt restriction that is
 ignored is a hole. Whether to inject is asked of labels only, which the API server can select by.
@@ -37,6 +37,17 @@ class Overrides:
     memory_bytes: int | None = None
     memory_limit_bytes: int | None = None
     log_level: LogLevel | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """One line of the other table: *place* is what carries it, *writer* who is to write it."""
+
+    name: str
+    place: str
+    writer: str
+    values: str
+    meaning: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +182,58 @@ TABLE: Final = (
         parse=_log_level,
     ),
 )
+LABELS: Final = (
+    Label(
+        name="injection",
+        place="namespace",
+        writer="who owns the namespace",
+        values="`enabled`, `enforced`",
+        meaning="`enabled`: pods that a label or a profile picks are governed. `enforced`: every pod is, or is refused.",
+    ),
+    Label(
+        name="break-glass",
+        place="namespace",
+        writer="who may let pods out; keep it from tenants",
+        values="`allowed`",
+        meaning="In an `enforced` namespace, pods labelled out are let out.",
+    ),
+    Label(
+        name="revision",
+        place="namespace",
+        writer="who owns the cluster",
+        values="a revision",
+        meaning="Which of several installed versions governs the namespace.",
+    ),
+    Label(
+        name="server",
+        place="pod",
+        writer="the pod's author",
+        values="`true`, `false`",
+        meaning="The pod is an MCP server and is governed, or is to be left alone, which an `enforced` namespace ignores.",
+    ),
+    Label(
+        name="agent",
+        place="pod",
+        writer="the pod's author",
+        values="`true`, `false`",
+        meaning="The pod calls MCP servers; its calls go out through the sidecar, with its identity.",
+    ),
+    Label(
+        name="injected",
+        place="pod",
+        writer="the webhook",
+        values="the revision",
+        meaning="For selection; never taken for evidence.",
+    ),
+    Label(
+        name="capture",
+        place="pod",
+        writer="the webhook",
+        values="`redirect`, `remap`",
+        meaning="How traffic is brought into the sidecar, for NetworkPolicies; never taken for evidence.",
+    ),
+)
+_LABELS: Final = frozenset(f"{GROUP}/{each.name}" for each in LABELS)
 _BY_NAME: Final = {f"{GROUP}/{each.name}": each for each in TABLE}
 
 
@@ -181,8 +244,8 @@ def read(annotations: Mapping[str, str]) -> Overrides:
         if not key.startswith(f"{GROUP}/") or key == STATUS:
             continue
         if key not in _BY_NAME:
-            known = ", ".join(_BY_NAME)
-            raise Denial(DenyCode.ANNOTATION_INVALID, f"annotation {key}: no such annotation; known are {known}")
+            hint = "it is a label" if key in _LABELS else f"known are {', '.join(_BY_NAME)}"
+            raise Denial(DenyCode.ANNOTATION_INVALID, f"annotation {key}: no such annotation; {hint}")
         line = _BY_NAME[key]
         try:
             values[line.field] = line.parse(annotations[key])

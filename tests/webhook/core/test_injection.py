@@ -247,6 +247,23 @@ def test_pod_left_alone_may_not_look_like_our_work(
     assert deny_code(decide(pod, namespace="n", policy=policy, profiles={}, template=TEMPLATE, nonce=NONCE)) is code
 
 
+@pytest.mark.parametrize("label", ["sidegate.dev/injected", "sidegate.dev/capture"])
+def test_pod_left_alone_may_not_carry_a_label_of_ours(label: str) -> None:
+    """NetworkPolicies, SPIRE and people select by them."""
+    pod = a_pod()
+    pod["metadata"]["labels"] = {label: "redirect"}
+
+    assert deny_code(decided(pod)) is DenyCode.LABEL_INVALID
+
+
+def test_injected_pod_without_our_labels_is_put_right() -> None:
+    """Whoever took them away takes nothing else away."""
+    pod = injected(a_pod())
+    del pod["metadata"]["labels"]["sidegate.dev/injected"], pod["metadata"]["annotations"]
+
+    assert injected(pod) == injected(a_pod())
+
+
 def test_injected_pod_that_is_no_longer_selected_is_refused() -> None:
     """Our own work, brought back without the label or profile that asked for it, would never be looked at again."""
     pod = injected(a_pod())
