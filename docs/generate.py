@@ -88,8 +88,9 @@ Everything else comes out as it went in, in its order, unknown fields included.
 - Our own init containers go first: `sidegate-net` (capture mode `redirect`), `sidegate-relay` (a stdio server), `sidegate`.
 - Our own volumes go first: `sidegate-spiffe`, `sidegate-cache`, `sidegate-no-token`, `sidegate-relay`.
 - The labels and the annotation that the webhook writes; the pull secrets of the sidecar's image are appended.
-- Startup, liveness and readiness probes by HTTP, HTTPS, TCP and gRPC, and HTTP hooks, point at the sidecar's port 15020, where they are performed as the kubelet would. Thresholds, exec probes, exec and sleep hooks, and what is aimed at another host stay.
-- In capture mode `remap` the name of the MCP port moves from the application's port to the sidecar's, so that Services that name it follow.
+- Startup, liveness and readiness probes by HTTP, HTTPS, TCP and gRPC, and HTTP hooks, point at the sidecar's port 15020.
+  They are performed there as the kubelet would. Thresholds, exec, sleep, and what is aimed at another host stay.
+- In capture mode `remap` the name of the MCP port moves from the application's port to the sidecar's; Services follow it.
 - In capture mode `remap` an agent's containers get `HTTP_PROXY` and `NO_PROXY`.
 - The command of a stdio server is wrapped in the relay.
 """
