@@ -4,6 +4,7 @@ import os
 import sys
 
 from sidecar.config import Settings
+from sidecar.core import otel
 from sidecar.errors import ConfigError
 from sidecar.shell.app import App
 
@@ -11,7 +12,8 @@ from sidecar.shell.app import App
 def main() -> int:
     """Run the sidecar; return the exit status."""
     try:
-        App(Settings.from_env(os.environ)).run()  # noqa: TID251 - the one place
+        environment = os.environ  # noqa: TID251 - the one place
+        App(Settings.from_env(environment), otel=otel.read(environment)).run()
     except ConfigError as error:
         print(f"sidegate: error: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
         return 2

@@ -55,6 +55,14 @@ class ShipFormat(StrEnum):
     LINES = "lines"  # a POST of the lines themselves
 
 
+class RequestLines(StrEnum):
+    """Of which messages a line is logged."""
+
+    ALL = "all"
+    REFUSED = "refused"
+    OFF = "off"
+
+
 def _one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
     def parse(text: str) -> StrEnum:
         try:
@@ -145,7 +153,12 @@ class Settings:
     audit_ship_id: str = setting_of(str, "SPIFFE ID pattern that the receiver must show, and we show ours; empty: HTTPS as the web has it, or none.", default="")  # fmt: skip # noqa: E501
     audit_ship_ca_file: str = setting_of(str, "CA certificates (PEM) of a receiver that is known by its host name; empty: the system's.", default="")  # fmt: skip # noqa: E501
     audit_ship_token_file: str = setting_of(str, "File with a bearer token for the receiver, read anew for each batch; empty: none.", default="")  # fmt: skip # noqa: E501
-    otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver when the bundle names none; empty: spans are counted and dropped.", default="")  # fmt: skip # noqa: E501
+    otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver when neither the bundle nor `OTEL_EXPORTER_OTLP_*` names one; empty: none.", default="")  # fmt: skip # noqa: E501
+    limits_store: str = setting_of(str, "Valkey or Redis that judges limits of scope global: redis://HOST[:PORT][/DATABASE], redis+sentinel://HOST[:PORT],…/MASTER or redis+cluster://HOST[:PORT],…, with rediss for TLS; empty: none.", default="")  # fmt: skip # noqa: E501
+    limits_store_user: str = setting_of(str, "User to log in to it as; empty: the default user.", default="")
+    limits_store_password: str = setting_of(str, "Password of that user.", default="")
+    limits_store_ca: str = setting_of(str, "Authorities (PEM) one of which must have signed its certificate; empty: the system's.", default="")  # fmt: skip # noqa: E501
+    limits_store_timeout_s: float = setting_of(number(0.001, 5), "Seconds that a call waits for it at most; then whenUnavailable of the limit holds.", default=0.05)  # fmt: skip # noqa: E501
     probes: str = setting_of(str, "The kubelet's probes of the application, as JSON; the health listener performs them.", default="{}")  # fmt: skip # noqa: E501
     drain_s: float = setting_of(number(0, 3600), "Seconds that calls in flight may take to finish on shutdown.", default=30.0)  # fmt: skip
     max_connections: float = setting_of(number(1, 100_000), "Inbound connections at a time; more wait in the kernel's queue.", default=1024.0)  # fmt: skip # noqa: E501
@@ -154,6 +167,7 @@ class Settings:
     log_level: LogLevel = setting_of(
         _one_of(LogLevel), "Least severe log record that is written.", default=LogLevel.INFO
     )
+    request_log: RequestLines = setting_of(_one_of(RequestLines), "Of which messages a line is logged: all, refused (also those that failed here) or off.", default=RequestLines.ALL)  # fmt: skip # noqa: E501
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Self:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 # A later version may append fields behind another dash; 00 may not, and ff is no version.
 _TRACEPARENT: Final = re.compile(r"(?!ff|00.{53}.)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_OTHER_DIGIT: Final = dict(zip("0123456789abcdef", "1032547698badcfe", strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +35,16 @@ def of_message(params: Mapping[str, Any]) -> TraceContext | None:
     """Return the context that a message carries itself."""
     meta = params.get("_meta")
     return parse(meta.get("traceparent")) if isinstance(meta, dict) else None
+
+
+def traceparent(trace_id: str, span_id: str, *, sampled: bool) -> bytes:
+    """Return the header that names a span as the parent."""
+    return f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}".encode()
+
+
+def sent_id(span_id: str) -> str:
+    """Return the id of our span toward the server, by that of the one toward the client: its last bit turned.
+
+    As unique as the other, and nobody has to draw or to keep it.
+    """
+    return span_id[:-1] + _OTHER_DIGIT[span_id[-1]]

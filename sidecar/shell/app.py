@@ -7,6 +7,7 @@ told by readiness and met by refusing calls, never by exiting: a restart heals n
 import asyncio
 import gc
 import logging
+import secrets
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,12 @@ from aiohttp import web
 from certs.errors import PeerReason, WorkloadApiError, WorkloadReason
 from certs.statement import sign
 from sidecar.config import Capture, Role, Settings
+from sidecar.core import conventions
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownToken, Unresolved
+from sidecar.core.otel import Otel
+from sidecar.core.store import read_address
 from sidecar.errors import ConfigError, Reason, Refusal
 from sidecar.shell import logs
 from sidecar.shell.audit import Audit
@@ -33,17 +37,18 @@ from sidecar.shell.egress_listener import EgressListener
 from sidecar.shell.health import Health
 from sidecar.shell.lifetimes import Lifetimes
 from sidecar.shell.listener import Listener
-from sidecar.shell.metrics import Metrics
+from sidecar.shell.metrics import Reading
 from sidecar.shell.oauth import OAuthClient
 from sidecar.shell.probes import decode as decode_probes
 from sidecar.shell.providers import Providers
+from sidecar.shell.quota import Login, Store
 from sidecar.shell.secrecy import forbid_dumps
 from sidecar.shell.serving import Serving
 from sidecar.shell.shipping import Shipping, opened
 from sidecar.shell.snapshot import Snapshots
 from sidecar.shell.stdio import Stdio
 from sidecar.shell.svid import WorkloadIdentity
-from sidecar.shell.tracing import Tracing
+from sidecar.shell.telemetry import NOTHING_SAID, Gauges, Telemetry
 from sidecar.shell.trail import File, Output
 from sidecar.shell.upstream import Upstream
 from sidecar.shell.ways import Ways
@@ -56,11 +61,20 @@ SHUTDOWN_STEP_S = 5.0  # for each thing that is closed at the end, drain apart
 class App:
     """One sidecar. *bundle* is given outside a pod; inside, it is pulled from the control plane.
 
-    *command* starts a process of a stdio server; without one, the relay in the server's container does.
+    *command* starts a process of a stdio server; without one, the relay in the server's container does. *otel* is what
+    the `OTEL_*` variables say, and what cannot be honoured of them.
     """
 
-    def __init__(self, settings: Settings, *, bundle: Bundle | None = None, command: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        otel: tuple[Otel, Sequence[str]] = NOTHING_SAID,
+        bundle: Bundle | None = None,
+        command: Sequence[str] = (),
+    ) -> None:
         self._settings = settings
+        self._otel = otel
         self._bundle = bundle
         self._command = command
         self._probes = decode_probes(settings.probes)
@@ -81,12 +95,12 @@ class App:
             loop.add_signal_handler(number, stop.set)
         trail = opened(settings)
         self._audit = Audit(trail or Output(), sign=self._sign)
-        self._metrics = Metrics()
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
-            self._tracing = Tracing(session, endpoint=settings.otlp_endpoint)
+            telemetry = self._telemetry = Telemetry(settings, session, self._otel)
             self._providers = Providers(session, self._keys_changed)
             self._oauth = OAuthClient(session, self._svid_token if settings.spiffe_socket else None)
             self._signer = Signer()
+            self._store = self._limits_store()
             upstream = Upstream(settings.upstream_host, tasks.create_task)
             stdio = Stdio(
                 settings.upstream_host,
@@ -97,11 +111,13 @@ class App:
             )
             self._serving = Serving(
                 upstream=Ways(http=upstream, stdio=stdio),
-                observers=(self._audit, self._metrics, self._tracing),
+                observers=(self._audit, *telemetry.observers),
                 spawn=tasks.create_task,
                 resolve=self._resolve,
                 why_not_ready=self._why_not_ready,
                 credentials=Credentials(self._oauth, self._signer),
+                context=telemetry.tracing.context,
+                store=self._store,
                 announce=self._audit.begin,
             )
             hosts = frozenset(each.strip().lower() for each in settings.hosts.split(",") if each.strip())
@@ -109,7 +125,9 @@ class App:
             lifetimes = Lifetimes(
                 self._serving, max_age_s=settings.connection_max_age_s, grace_s=settings.connection_grace_s
             )
-            background = [tasks.create_task(each.run()) for each in (self._tracing, self._providers, lifetimes)]
+            background = [tasks.create_task(each.run()) for each in (telemetry, self._providers, lifetimes)]
+            if self._store is not None:
+                background.append(tasks.create_task(self._store.run()))
             identity = self._identity = self._own_identity()
             self._bundles: BundleSource | None = None
             if identity is not None:
@@ -123,6 +141,7 @@ class App:
                 await self._activate(self._bundle)
             listener = self._listener(tasks)
             accepting = tasks.create_task(listener.run())
+            telemetry.watch(self._gauges())
             health = await self._serve_health()
             health_port = health.addresses[0][1]
             log.info("listening", extra={"port": listener.port, "health_port": health_port})
@@ -134,7 +153,7 @@ class App:
             await self._drain(accepting)
             upstream.close()
             await stdio.close()
-            await self._tracing.flush()
+            await telemetry.flush()
             for task in background:
                 task.cancel()
             await health.cleanup()
@@ -189,9 +208,23 @@ class App:
             self._shipping = (Shipping(self._settings, trail, None if identity is None else identity.client),)
         return self._shipping
 
+    def _limits_store(self) -> Store | None:
+        settings = self._settings
+        if not settings.limits_store:
+            return None
+        login = Login(
+            user=settings.limits_store_user, password=settings.limits_store_password, ca_pem=settings.limits_store_ca
+        )
+        return Store(
+            read_address(settings.limits_store),
+            login=login,
+            replica=secrets.token_urlsafe(9),
+            timeout_s=settings.limits_store_timeout_s,
+        )
+
     async def _activate(self, bundle: Bundle) -> None:
         await self._snapshots.activate(bundle)
-        self._tracing.use_endpoint(bundle.profile.telemetry.otlp_endpoint)
+        self._telemetry.use(bundle.profile)
         self._providers.use(bundle.profile.identity.providers)  # which flushes what the providers before had said
         if bundle.profile.identity.jwt_svid == "allowed" and self._identity is not None:
             self._identity.want_tokens()
@@ -214,7 +247,7 @@ class App:
 
     def _handshake_refused(self, reason: PeerReason, serial: int | None) -> None:
         """Record a caller that was turned away before it could say anything."""
-        self._metrics.handshake_refused(reason)
+        self._telemetry.metrics.handshake_refused(reason)
         detail = f"{reason}; serial {serial}" if serial is not None else str(reason)
         self._record_at_the_door(Refusal(Reason.UNAUTHENTICATED, "TLS handshake refused", detail=detail), client="")
 
@@ -270,7 +303,7 @@ class App:
             upstream_host=self._settings.upstream_host,
             probes=self._probes,
             conditions=self.conditions,
-            render_metrics=self._render_metrics,
+            render_metrics=self._telemetry.metrics.render,
             jwks=self._jwks,
         )
         runner = web.AppRunner(health.application(), access_log=None)
@@ -285,16 +318,26 @@ class App:
         is_used = snapshot is not None and snapshot.profile.identity.upstream == "header"
         return self._signer.jwks if is_used else None
 
-    def _render_metrics(self) -> str:
-        snapshot, current = self._serving.snapshot, None if self._identity is None else self._identity.source.current
-        return self._metrics.render(
-            revision="" if snapshot is None else snapshot.revision,
-            bundle_age_s=None if self._bundles is None else self._bundles.age_s,
-            svid_expires_at_s=None if current is None else current.svid.not_after.timestamp(),
-            audit_failures=self._audit.failures,
-            spans_dropped=self._tracing.dropped,
-            provider_questions=self._oauth.asked,
+    def _gauges(self) -> Gauges:
+        """Return what is not counted by exchanges, and how it is read."""
+        return (
+            (conventions.IN_FLIGHT, lambda: self._serving.in_flight),
+            (conventions.READY, lambda: 0 if self.conditions() else 1),
+            (conventions.BUNDLE_INFO, self._revision),
+            (conventions.BUNDLE_AGE, lambda: None if self._bundles is None else self._bundles.age_s),
+            (conventions.SVID_EXPIRY, self._svid_expiry_s),
+            (conventions.AUDIT_FAILURES, lambda: self._audit.failures),
+            (conventions.AUDIT_LOST, lambda: self._audit.lost),
+            (conventions.QUESTIONS, lambda: self._oauth.asked),
         )
+
+    def _revision(self) -> Reading | None:
+        snapshot = self._serving.snapshot
+        return {(snapshot.revision,): 1} if snapshot is not None and snapshot.revision else None
+
+    def _svid_expiry_s(self) -> float | None:
+        current = None if self._identity is None else self._identity.source.current
+        return None if current is None else current.svid.not_after.timestamp()
 
     async def _drain(self, accepting: "asyncio.Task[None]") -> None:
         """Stop accepting, let calls finish and streams end; log how long it took, and how many connections were cut."""

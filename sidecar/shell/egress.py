@@ -33,7 +33,6 @@ from sidecar.core.replies import answer
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Outbound
 from sidecar.pipeline import MAX_LABEL_CHARS, SESSION, VERSION
-from sidecar.shell import tracing
 from sidecar.shell.serving import Serving
 from sidecar.shell.upstream import Call, Line
 
@@ -420,7 +419,7 @@ class Errand:
             connection.headers,
             authority=asked.authority,
             agent_session=exchange.agent.session or "",
-            traceparent=tracing.traceparent(exchange),
+            traceparent=self._egress.serving.context(exchange),
         )
         lines = [
             f"{connection.method} {asked.path} HTTP/1.1".encode("latin-1"),

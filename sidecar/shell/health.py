@@ -7,11 +7,20 @@ specification tells. Source: KEP-753 (a native sidecar's startup probe gates the
 
 import hmac
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
+from sidecar.shell.metrics import OPENMETRICS, TEXT
 from sidecar.shell.probes import Probes, Unwell, perform
+
+
+class RenderMetrics(Protocol):
+    """Writes all metrics."""
+
+    def __call__(self, *, openmetrics: bool) -> str:
+        """Return them in Prometheus' own text format, or in OpenMetrics."""
+        ...
 
 
 class Health:
@@ -23,7 +32,7 @@ class Health:
         upstream_host: str,
         probes: Probes,
         conditions: Callable[[], Mapping[str, str]],
-        render_metrics: Callable[[], str],
+        render_metrics: RenderMetrics,
         jwks: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> None:
         self._upstream_host = upstream_host
@@ -60,8 +69,10 @@ class Health:
             {"ready": not conditions, "conditions": dict(conditions)}, status=503 if conditions else 200
         )
 
-    async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(text=self._render_metrics(), content_type="text/plain", charset="utf-8")
+    async def _metrics(self, request: web.Request) -> web.Response:
+        openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+        text = self._render_metrics(openmetrics=openmetrics)
+        return web.Response(body=text.encode(), headers={"content-type": OPENMETRICS if openmetrics else TEXT})
 
     async def _identity_keys(self, _: web.Request) -> web.Response:
         """The public keys by which the server behind us verifies `Sidegate-Identity`; 404 where it gets none."""

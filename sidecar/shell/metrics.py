@@ -1,214 +1,301 @@
-"""Counts exchanges, and writes the counts in the Prometheus text format when they are asked for.
+"""Counts exchanges, and says the counts in Prometheus' text formats and in OTLP.
 
 Label sets are closed or bounded: a caller can make up as many tool names as it likes, so a name gets its own series only
-once a call to it has succeeded. Names follow OpenTelemetry's MCP conventions as their Prometheus translation spells
-them. Built by hand: an observation costs 0.2 us where the libraries take 1 to 8, and 12 MB of memory.
+once a call to it has succeeded; users and sessions are never labels, the audit trail counts for those. What a metric is
+called stands in sidecar/core/conventions.py. Built by hand: an observation costs 1 us where the libraries take 10.
 """
 
+import asyncio
+import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from certs.errors import PeerReason
+from sidecar.core.conventions import (
+    CALLS,
+    CLIENT_OPERATION,
+    CONTENT,
+    DECISION,
+    DENIALS,
+    DIFFERENCES,
+    HANDSHAKES,
+    HIDDEN,
+    REFUSALS,
+    SERVER_OPERATION,
+    Instrument,
+)
 from sidecar.core.message import Ask, Message, Shape, Tool
+from sidecar.core.redaction import encode
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
 from sidecar.record import ABORTED, TOOL_ERROR, error_type
+from sidecar.shell.otlp import Exporter
 
-# Seconds; OpenTelemetry semantic conventions for MCP, mcp.server.operation.duration.
-OPERATION_BUCKETS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-DECISION_BUCKETS_S: Final = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 MAX_TOOLS: Final = 200  # series of each further tool are counted under "other"
-MAX_SERIES: Final = 1000  # of the histogram; 17 lines each, written in about 10 ms
+MAX_WORKLOADS: Final = 50  # calling service accounts; the same
+MAX_RULES: Final = 200  # a bundle's; the same
+MAX_SERIES: Final = 1000  # of an instrument; a histogram's have 17 lines each, written in about 10 ms
 OTHER: Final = "other"
+NO_RULE: Final = "no rule allows it"
+MAX_NAME_CHARS: Final = 128  # SDKs warn beyond it (MCP 2025-11-25, tool names); a label should be readable
 # Codes that JSON-RPC and MCP define; a server's own are counted together.
 KNOWN_CODES: Final = frozenset(
     {-32700, -32600, -32601, -32602, -32603, -32000, -32001, -32002, -32020, -32021, -32022, -32042}
 )
+_CLOSED: Final = frozenset({"", TOOL_ERROR, ABORTED, *Reason, *map(str, KNOWN_CODES)})
+
+Labels = tuple[str, ...]
+Exemplar = tuple[str, str, float, int]  # trace id, span id, value, Unix time in nanoseconds
+Reading = Mapping[Any, float]  # of a counter or gauge, by the values of its labels
 
 
 class Histogram:
-    """How often a value fell into which bucket."""
+    """How often a value fell into which bucket, and the last sampled call of each."""
 
-    __slots__ = ("_buckets", "counts", "total")
+    __slots__ = ("_buckets", "counts", "exemplars", "total")
 
     def __init__(self, buckets: Sequence[float]) -> None:
         self._buckets = buckets
         self.counts = [0] * (len(buckets) + 1)
+        self.exemplars: list[Exemplar | None] = [None] * (len(buckets) + 1)
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count *value*; an upper bound belongs to its bucket."""
-        self.counts[bisect_left(self._buckets, value)] += 1
+    def observe(self, value: float, exchange: Exchange | None = None) -> None:
+        """Count *value*; an upper bound belongs to its bucket. Its exemplar is *exchange*, where there is one."""
+        place = bisect_left(self._buckets, value)
+        self.counts[place] += 1
         self.total += value
+        if exchange is not None:
+            self.exemplars[place] = exchange.trace_id, exchange.span_id, value, exchange.started_ns
 
-    def lines(self, name: str, labels: str) -> Iterator[str]:
+    def lines(self, name: str, labels: str, *, exemplars: bool = False) -> Iterator[str]:
         """Return the histogram's samples; *labels* are written already, without braces."""
         separator = "," if labels else ""
         running = 0
-        for bound, count in zip((*map(str, self._buckets), "+Inf"), self.counts, strict=True):
+        bounds = (*map(str, self._buckets), "+Inf")
+        for bound, count, seen in zip(bounds, self.counts, self.exemplars, strict=True):
             running += count
-            yield f'{name}_bucket{{{labels}{separator}le="{bound}"}} {running}'
+            text = f'{name}_bucket{{{labels}{separator}le="{bound}"}} {running}'
+            yield text if seen is None or not exemplars else text + _exemplar(seen)
         braced = f"{{{labels}}}" if labels else ""
         yield f"{name}_sum{braced} {self.total!r}"
         yield f"{name}_count{braced} {running}"
 
+    def point(self) -> dict[str, Any]:
+        """Return the histogram as a data point of OTLP, without attributes and times."""
+        return {
+            "count": str(sum(self.counts)),
+            "sum": self.total,
+            "bucketCounts": [str(count) for count in self.counts],
+            "explicitBounds": list(self._buckets),
+            "exemplars": [
+                {"timeUnixNano": str(at_ns), "asDouble": value, "traceId": trace_id, "spanId": span_id}
+                for trace_id, span_id, value, at_ns in filter(None, self.exemplars)
+            ],
+        }
+
 
 class Metrics:
-    """The sidecar's counters. Mutated by `observe` and `handshake_refused` only."""
+    """The sidecar's metrics. Mutated by `observe`, `handshake_refused` and `watch` only.
 
-    def __init__(self) -> None:
-        self._operations: dict[tuple[str, str, str], Histogram] = {}  # by method, tool, error
-        self._calls: dict[tuple[str, str, str], Histogram] = {}  # outbound, likewise
-        self._tools: set[str] = set()
-        self._decisions = Histogram(DECISION_BUCKETS_S)
+    *samples* says of which exchanges there is a span that an exemplar can name; None: there are no exemplars.
+    """
+
+    def __init__(self, samples: Callable[[Exchange], bool] | None = None) -> None:
+        self._samples = samples
+        self._operations: dict[Labels, Histogram] = {}
+        self._outbound: dict[Labels, Histogram] = {}
+        self._decisions = Histogram(DECISION.buckets)
+        self._calls: dict[Labels, int] = {}
         self._refusals = dict.fromkeys(Reason, 0)
+        self._denials: dict[Labels, int] = {}
         self._handshakes = dict.fromkeys(PeerReason, 0)
         self._hidden = 0
-        self._differences: Counter[tuple[str, bool]] = Counter()  # by shadow policy, and whether it would allow
+        self._differences: Counter[Labels] = Counter()
+        self._content: Counter[Labels] = Counter()
+        self._tools: set[str] = set()
+        self._workloads: dict[Any, str] = {None: ""}
+        self._watched: list[tuple[Instrument, Callable[[], Reading | float | None]]] = []
 
     def observe(self, exchange: Exchange) -> None:
         """Count *exchange*."""
-        if exchange.refusal is not None:
-            self._refusals[exchange.refusal.reason] += 1
-        if exchange.message is None:
+        refusal, message = exchange.refusal, exchange.message
+        if refusal is not None:
+            self._refused(exchange)
+        if message is None:
             return
-        self._decisions.observe(exchange.judged_s)
-        self._hidden += exchange.hidden
+        samples = self._samples
+        named = exchange if samples is not None and samples(exchange) else None
+        self._decisions.observe(exchange.judged_s, named)
+        if exchange.hidden:
+            self._hidden += exchange.hidden
+        for found in exchange.content:
+            rule = found.rule
+            self._content[rule.name, rule.action, rule.mode, found.where] += found.count
         for each in exchange.shadow:
-            self._differences[each.policy, each.allowed] += 1
+            self._differences[each.policy, str(each.allowed).lower()] += 1
         # A stream's duration says how long a client stayed, and an ask's nothing, not how long the server took.
-        is_operation = exchange.message.shape in (Shape.REQUEST, Shape.NOTIFICATION)
-        if exchange.was_sent and is_operation and not isinstance(exchange.message.target, Ask):
-            self._operation(exchange, exchange.message)
-
-    def _difference_lines(self) -> Iterator[str]:
-        name = "sidegate_shadow_differences_total"
-        yield from _head(name, "counter", "Messages that a policy in shadow mode would have decided otherwise.")
-        for (policy, allowed), count in sorted(self._differences.items()):
-            yield f'{name}{{policy="{_escape(policy)}",allowed="{str(allowed).lower()}"}} {count}'
+        shape, target = message.shape, message.target
+        if (shape is not Shape.REQUEST and shape is not Shape.NOTIFICATION) or isinstance(target, Ask):
+            return
+        error = error_type(exchange)
+        was_sent = exchange.was_sent
+        tool = "" if not isinstance(target, Tool) else self._tool(target.name, failed=bool(error) or not was_sent)
+        if shape is Shape.REQUEST:
+            principal = exchange.principal
+            workload = self._workload(None if principal is None else principal.workload)
+            key = (workload, tool, "allowed" if was_sent else "refused")
+            self._calls[key] = self._calls.get(key, 0) + 1  # bounded by those before
+        if was_sent:
+            self._series(exchange, message, tool, error).observe(exchange.total_s, named)
 
     def handshake_refused(self, reason: PeerReason) -> None:
         """Count a TLS handshake that was refused."""
         self._handshakes[reason] += 1
 
-    def render(
-        self,
-        *,
-        revision: str = "",
-        bundle_age_s: float | None = None,
-        svid_expires_at_s: float | None = None,
-        audit_failures: int = 0,
-        spans_dropped: int = 0,
-        provider_questions: Mapping[tuple[str, str, str], int] | None = None,
-    ) -> str:
-        """Return all metrics in the Prometheus text format 0.0.4; what is None or empty is left out."""
-        return "\n".join(
-            (
-                *self._operation_lines(),
-                *_head("sidegate_decision_duration_seconds", "histogram", "Time from the first byte to the decision."),
-                *self._decisions.lines("sidegate_decision_duration_seconds", ""),
-                *_family("sidegate_refusals_total", "counter", "Messages refused.", "reason", self._refusals.items()),
-                *_family(
-                    "sidegate_handshake_refusals_total",
-                    "counter",
-                    "TLS handshakes refused.",
-                    "reason",
-                    self._handshakes.items(),
-                ),
-                *_single("sidegate_hidden_items_total", "counter", "List items hidden from callers.", self._hidden),
-                *self._difference_lines(),
-                *_family(
-                    "sidegate_bundle_info",
-                    "gauge",
-                    "The policy bundle in force.",
-                    "revision",
-                    [(revision, 1)] if revision else [],
-                ),
-                *_single(
-                    "sidegate_bundle_age_seconds",
-                    "gauge",
-                    "Time since the control plane last confirmed the bundle.",
-                    bundle_age_s,
-                ),
-                *_single(
-                    "sidegate_svid_expiry_timestamp_seconds",
-                    "gauge",
-                    "Unix time at which the SVID in use expires.",
-                    svid_expires_at_s,
-                ),
-                *_single("sidegate_audit_failures_total", "counter", "Failed audit writes.", audit_failures),
-                *_single("sidegate_spans_dropped_total", "counter", "Spans that reached no collector.", spans_dropped),
-                *_questions(provider_questions or {}),
-                "",
-            )
-        )
+    def watch(self, instrument: Instrument, read: Callable[[], Reading | float | None]) -> None:
+        """Show what *read* returns whenever metrics are shown: a number, several by labels, or None to leave it out."""
+        self._watched.append((instrument, read))
 
-    def _operation(self, exchange: Exchange, message: Message) -> None:
-        error = error_type(exchange)
-        key = (message.method, self._tool(message, error), error if _is_closed(error) else OTHER)
-        held = self._operations if exchange.outbound is None else self._calls
+    def render(self, *, openmetrics: bool = False) -> str:
+        """Return all metrics in the Prometheus text format 0.0.4, or in OpenMetrics 1.0, which has exemplars."""
+        lines: list[str] = []
+        for instrument, series in self._all():
+            name = instrument.exposed
+            family = name.removesuffix("_total") if openmetrics else name
+            lines += (f"# HELP {family} {instrument.meaning}", f"# TYPE {family} {instrument.kind}")
+            for labels, value in series.items():
+                written = _written(instrument, labels)
+                if isinstance(value, Histogram):
+                    lines += value.lines(name, written, exemplars=openmetrics)
+                else:
+                    lines.append(f"{name}{{{written}}} {value}" if written else f"{name} {value}")
+        return "\n".join([*lines, *(["# EOF"] if openmetrics else []), ""])
+
+    def points(self, *, began_ns: int, now_ns: int) -> tuple[int, bytes]:
+        """Return how many metrics there are, and them in OTLP's JSON with commas between; since *began_ns*."""
+        times = {"startTimeUnixNano": str(began_ns), "timeUnixNano": str(now_ns)}
+        items = [
+            encode(_metric(instrument, [_point(instrument, labels, value) | times for labels, value in series.items()]))
+            for instrument, series in self._all()
+            if series
+        ]
+        return len(items), b",".join(items)
+
+    def _all(self) -> Iterator[tuple[Instrument, Mapping[Labels, Any]]]:
+        yield SERVER_OPERATION, self._operations
+        yield CLIENT_OPERATION, self._outbound
+        yield DECISION, {(): self._decisions}
+        yield CALLS, self._calls
+        yield REFUSALS, {(reason,): count for reason, count in self._refusals.items()}
+        yield DENIALS, self._denials
+        yield HANDSHAKES, {(reason,): count for reason, count in self._handshakes.items()}
+        yield HIDDEN, {(): self._hidden}
+        yield DIFFERENCES, dict(sorted(self._differences.items()))
+        yield CONTENT, dict(sorted(self._content.items()))
+        for instrument, read in self._watched:
+            found = read()
+            if found is not None:
+                yield instrument, found if isinstance(found, Mapping) else {(): found}
+
+    def _refused(self, exchange: Exchange) -> None:
+        refusal = exchange.refusal
+        assert refusal is not None  # noqa: S101 - for the type checker: it is why we are here
+        self._refusals[refusal.reason] += 1
+        if refusal.reason is Reason.DENIED:
+            rule = (refusal.detail or NO_RULE)[:MAX_NAME_CHARS]
+            if (rule,) not in self._denials and len(self._denials) >= MAX_RULES:
+                rule = OTHER
+            self._denials[rule,] = self._denials.get((rule,), 0) + 1
+
+    def _series(self, exchange: Exchange, message: Message, tool: str, error: str) -> Histogram:
+        key = (message.method, tool, error if error in _CLOSED else OTHER)
+        held = self._operations if exchange.outbound is None else self._outbound
         series = held.get(key)
         if series is None:
             if len(held) >= MAX_SERIES:
                 key = (key[0], OTHER if key[1] else "", key[2])  # at most methods x errors more
-            series = held.setdefault(key, Histogram(OPERATION_BUCKETS_S))
-        series.observe(exchange.total_s)
+            series = held.setdefault(key, Histogram(SERVER_OPERATION.buckets))
+        return series
 
-    def _tool(self, message: Message, error: str) -> str:
-        if not isinstance(message.target, Tool):
-            return ""
-        name = message.target.name
-        if name not in self._tools:
-            if error or len(self._tools) >= MAX_TOOLS or len(name) > _MAX_TOOL_CHARS:
-                return OTHER
-            self._tools.add(name)
+    def _tool(self, name: str, *, failed: bool) -> str:
+        if name in self._tools:
+            return name
+        if failed or len(self._tools) >= MAX_TOOLS or len(name) > MAX_NAME_CHARS:
+            return OTHER
+        self._tools.add(name)
         return name
 
-    def _operation_lines(self) -> Iterator[str]:
-        for side, held in (("server", self._operations), ("client", self._calls)):
-            name = f"mcp_{side}_operation_duration_seconds"
-            yield from _head(
-                name, "histogram", "Time from the first byte of an admitted message to the last of its answer."
-            )
-            for (method, tool, error), series in held.items():
-                labels = f'mcp_method_name="{method}",gen_ai_tool_name="{_escape(tool)}",error_type="{error}"'
-                yield from series.lines(name, labels)
+    def _workload(self, workload: object) -> str:
+        held = self._workloads.get(workload)
+        if held is None:
+            if len(self._workloads) > MAX_WORKLOADS:
+                return OTHER
+            held = self._workloads[workload] = str(workload)
+        return held
 
 
-_MAX_TOOL_CHARS: Final = 128  # SDKs warn beyond it (MCP 2025-11-25, tool names); a label should be readable
+class Publisher:
+    """Sends *metrics* by *exporter* every so often. Its tasks are `run`, and `flush` at the end."""
+
+    def __init__(self, metrics: Metrics, exporter: Exporter, *, every_s: float) -> None:
+        self._metrics = metrics
+        self._exporter = exporter
+        self._every_s = every_s
+        self._began_ns = time.time_ns()
+
+    async def run(self) -> None:
+        """Send as often as was said; never returns."""
+        while True:
+            await asyncio.sleep(self._every_s)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send now, once: the next report holds all that this one does."""
+        if self._exporter.is_on:
+            count, items = self._metrics.points(began_ns=self._began_ns, now_ns=time.time_ns())
+            await self._exporter.post(items, count)
 
 
-_CLOSED: Final = frozenset({"", TOOL_ERROR, ABORTED, *Reason, *map(str, KNOWN_CODES)})
+def _metric(instrument: Instrument, points: list[dict[str, Any]]) -> dict[str, Any]:
+    cumulative = {"aggregationTemporality": 2, "dataPoints": points}
+    data: dict[str, Any]
+    match instrument.kind:
+        case "histogram":
+            data = {"histogram": cumulative}
+        case "counter":
+            data = {"sum": cumulative | {"isMonotonic": True}}
+        case _:
+            data = {"gauge": {"dataPoints": points}}
+    return {"name": instrument.name, "unit": instrument.unit, "description": instrument.meaning} | data
 
 
-def _is_closed(error: str) -> bool:
-    return error in _CLOSED
+def _point(instrument: Instrument, labels: Labels, value: float | Histogram) -> dict[str, Any]:
+    found: dict[str, Any] = value.point() if isinstance(value, Histogram) else {"asDouble": float(value)}
+    pairs = zip(instrument.labels, labels, strict=True)
+    # An absent label and an empty one are the same to Prometheus; OpenTelemetry leaves it out.
+    found["attributes"] = [{"key": key, "value": {"stringValue": _plain(each)}} for key, each in pairs if each]
+    return found
 
 
-def _head(name: str, kind: str, meaning: str) -> tuple[str, str]:
-    return f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"
+def _written(instrument: Instrument, labels: Labels) -> str:
+    pairs = zip(instrument.labels, labels, strict=True)
+    return ",".join(f'{name.replace(".", "_")}="{_escape(value)}"' for name, value in pairs)
 
 
-def _family(name: str, kind: str, meaning: str, label: str, values: Iterable[tuple[str, float]]) -> Iterator[str]:
-    yield from _head(name, kind, meaning)
-    for value, count in values:
-        yield f'{name}{{{label}="{_escape(value)}"}} {count}'
+def _exemplar(seen: Exemplar) -> str:
+    trace_id, span_id, value, at_ns = seen
+    return f' # {{trace_id="{trace_id}",span_id="{span_id}"}} {value!r} {at_ns / 1e9:.3f}'
 
 
-def _questions(counts: Mapping[tuple[str, str, str], int]) -> Iterator[str]:
-    name = "sidegate_provider_questions_total"
-    yield from _head(name, "counter", "Questions to identity providers.")
-    for (provider, what, outcome), count in counts.items():
-        yield f'{name}{{provider="{_escape(provider)}",question="{what}",outcome="{outcome}"}} {count}'
-
-
-def _single(name: str, kind: str, meaning: str, value: float | None) -> Iterator[str]:
-    if value is not None:
-        yield from (*_head(name, kind, meaning), f"{name} {value}")
+def _plain(value: str) -> str:
+    return value.encode(errors="replace").decode()
 
 
 def _escape(value: str) -> str:
-    """Return *value* as the text format wants a label's value."""
-    return value.encode(errors="replace").decode().replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """Return *value* as the text formats want a label's value."""
+    return _plain(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,289 +1,294 @@
-"""Gives each message a span in the caller's trace, and posts the spans to an OTLP/HTTP receiver as JSON.
+"""Makes the spans of each message, and says under which of them the server's own spans hang.
 
-Names follow OpenTelemetry's semantic conventions for MCP (status Development, 2026). Content is on spans only where the
-profile opts in, and redacted as in the audit trail. Nothing here slows or fails a call: the queue is bounded, what does
-not fit or cannot be delivered is dropped and counted. Built by hand: 4 us a span where the SDK takes 57.
+Two for a message that was sent: SERVER toward the client, CLIENT toward the server, its child; one for a message that
+was refused, and one (CLIENT) in agent role. Names follow OpenTelemetry's semantic conventions for MCP (status
+Development, 2026); sidecar/core/spans.py is their table. Content is on spans only where the profile opts in, and
+redacted as in the audit trail. Written as bytes, of parts that most calls share: 3 us where the SDK takes 57 for one.
 """
 
-import asyncio
-import logging
-import os
 import random
-from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
-import aiohttp
-import orjson
-
-from sidecar.core.message import Message, Prompt, Resource, Tool
-from sidecar.core.profile import Profile
-from sidecar.core.redaction import encode, redact
+from certs.spiffe import SpiffeId
+from sidecar.core.message import Ask, Message, Prompt, Resource, Tool
+from sidecar.core.otel import Sampler
+from sidecar.core.profile import Profile, Telemetry
+from sidecar.core.redaction import encode
+from sidecar.core.trace import sent_id
+from sidecar.core.trace import traceparent as written
 from sidecar.errors import Reason
-from sidecar.exchange import Exchange, Outbound
-from sidecar.record import TOOL_ERROR, answer, cut, error_type
+from sidecar.exchange import Exchange
+from sidecar.record import ABORTED, TOOL_ERROR, answer, arguments_of, cut, error_type
+from sidecar.shell.otlp import Receiver, attribute
 
-log = logging.getLogger(__name__)
-
-MAX_QUEUED: Final = 2048  # spans, as OpenTelemetry's batch processor
-MAX_QUEUED_BYTES: Final = 4 * 2**20  # content can make a span large
 MAX_VALUE_CHARS: Final = 2**20  # of an attribute: what `audit.max_bytes` allows at most
-SHORT_CHARS: Final = 256  # of an attribute that is kept for the next span: 1,024 of them are 1 MB at most
-MAX_BATCH: Final = 512  # spans, as OpenTelemetry's batch processor
-LINGER_S: Final = 1.0  # from a first span to its batch
-POST_S: Final = 10.0  # deadline of one POST, as OTEL_EXPORTER_OTLP_TIMEOUT
-FLUSH_S: Final = 2.0  # deadline of the last one, on shutdown
-ATTEMPTS: Final = 5
-BACKOFF_S: Final = (0.5, 8.0)  # first and longest pause, before jitter
-RETRIED: Final = frozenset({None, 429, 502, 503, 504})  # OTLP/HTTP, retryable response codes; None: no response
-_SERVER_KIND: Final = 2  # opentelemetry.proto.trace.v1.Span.SpanKind
-_CLIENT_KIND: Final = 3
-_ERROR: Final = 2  # opentelemetry.proto.trace.v1.Status.StatusCode
+SHORT_CHARS: Final = 256  # of what is kept for the next span
+SERVER: Final = 2  # opentelemetry.proto.trace.v1.Span.SpanKind
+CLIENT: Final = 3
+_ERROR: Final = b'{"code":2}'  # opentelemetry.proto.trace.v1.Status.StatusCode
+_UNSET: Final = b"{}"
+_OURS: Final = (Reason.UPSTREAM, Reason.FAULT, Reason.NOT_READY, Reason.PROVIDER)  # no fault of the caller's
+
+# As OpenTelemetry's SDK draws them: they tell spans apart, and keep no secret.
+_draw: Final = random.Random().getrandbits  # noqa: S311 - see above
 
 
 def new_trace_id() -> str:
     """Return a random trace id."""
-    return os.urandom(16).hex()
+    return f"{_draw(128) or 1:032x}"
 
 
 def new_span_id() -> str:
-    """Return a random span id."""
-    return os.urandom(8).hex()
+    """Return a random span id; its sister, `sent_id`, is never zero either."""
+    return f"{_draw(64) | 2:016x}"
 
 
 def traceparent(exchange: Exchange) -> bytes:
-    """Return the header by which the server's spans become children of ours."""
-    return f"00-{exchange.trace_id}-{exchange.span_id}-{'01' if exchange.sampled else '00'}".encode()
+    """Return the header by which the other side's spans become children of the exchange's first span."""
+    return written(exchange.trace_id, exchange.span_id, sampled=exchange.sampled)
 
 
 class Tracing:
-    """Mutated by `observe`, `use_endpoint` and the exporter, all on the loop.
+    """Gives *receiver* the spans that *sampler* wants, and those of every refusal. Mutated by `use`."""
 
-    Attributes:
-        dropped: spans that no receiver got.
-        exported: spans that a receiver took.
-    """
+    def __init__(self, receiver: Receiver, *, sampler: Sampler, host: str) -> None:
+        """*host* is the server's address as the sidecar calls it."""
+        self._receiver = receiver
+        self._default = sampler
+        self._sampler = sampler
+        self._host = host
 
-    def __init__(self, session: aiohttp.ClientSession, *, endpoint: str) -> None:
-        self._session = session
-        self._default = endpoint
-        self._endpoint = endpoint
-        self._queue: deque[tuple[Profile, bytes]] = deque()
-        self._queued_bytes = 0
-        self._filled = asyncio.Event()
-        self.dropped = 0
-        self.exported = 0
+    def use(self, telemetry: Telemetry) -> None:
+        """Sample as the profile says from now on."""
+        ratio = telemetry.sample_ratio
+        self._sampler = self._default if ratio is None else Sampler(ratio=ratio)
 
-    def use_endpoint(self, endpoint: str | None) -> None:
-        """Send to *endpoint* (a base URL) from now on; None: to the one of the settings."""
-        self._endpoint = endpoint or self._default
+    def samples(self, exchange: Exchange) -> bool:
+        """Say whether the trace of *exchange* is recorded."""
+        return self._sampler.samples(
+            exchange.trace_id, has_parent=exchange.parent_id is not None, parent_sampled=exchange.sampled
+        )
+
+    def names(self, exchange: Exchange) -> bool:
+        """Say whether there is a span of *exchange*."""
+        return self._receiver.is_on and (exchange.refusal is not None or self.samples(exchange))
+
+    def context(self, exchange: Exchange) -> bytes:
+        """Return the `traceparent` for the server; without a receiver it is the caller's, and empty where there is none."""
+        if self._receiver.is_on:
+            span_id = exchange.span_id if exchange.outbound is not None else sent_id(exchange.span_id)
+            return written(exchange.trace_id, span_id, sampled=self.samples(exchange))
+        if exchange.parent_id is not None:
+            return written(exchange.trace_id, exchange.parent_id, sampled=exchange.sampled)
+        # Ours would say to the server which of its traces it may record; an agent's call needs it to be found again.
+        return b"" if exchange.outbound is None else traceparent(exchange)
 
     def observe(self, exchange: Exchange) -> None:
-        """Queue the span of *exchange*; of refusals always, of others as the caller's trace is sampled."""
+        """Queue the spans of *exchange*."""
         profile = exchange.profile
-        if profile is None or not (exchange.sampled or exchange.refusal):
-            return
-        data = encode(span(exchange, profile))
-        if not self._endpoint or len(self._queue) >= MAX_QUEUED or self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
-            self.dropped += 1
-            return
-        self._queue.append((profile, data))
-        self._queued_bytes += len(data)
-        self._filled.set()
-
-    async def run(self) -> None:
-        """Post spans as they come; never returns."""
-        while True:
-            await self._filled.wait()
-            await asyncio.sleep(LINGER_S)
-            self._filled.clear()
-            while self._queue:
-                await self._post_batch(ATTEMPTS)
-
-    async def flush(self) -> None:
-        """Post what is queued, once and without patience; what is left then is dropped."""
-        try:
-            async with asyncio.timeout(FLUSH_S):
-                while self._queue:
-                    await self._post_batch(attempts=1)
-        except TimeoutError:
-            while self._queue:
-                self.dropped += self._batch()[0]
-
-    async def _post_batch(self, attempts: int) -> None:
-        """Post the head of the queue until it is taken, refused for good, or tried often enough."""
-        count, body = self._batch()
-        delivered = False
-        try:
-            delivered = await self._deliver(body, attempts)
-        finally:  # cancelled on shutdown: these spans are gone as well
-            if delivered:
-                self.exported += count
-            else:
-                self.dropped += count
-
-    async def _deliver(self, body: bytes, attempts: int) -> bool:
-        pause_s, longest_s = BACKOFF_S
-        status: int | None = None
-        for attempt in range(1, attempts + 1):
-            status = await self._post(body)
-            if status is not None and status < 300:
-                return True
-            if attempt == attempts or status not in RETRIED:
-                break
-            await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)  # noqa: S311 - jitter, no secret
-            pause_s = min(longest_s, 2 * pause_s)
-        log.warning("spans dropped", extra={"endpoint": self._endpoint, "status": status})
-        return False
-
-    async def _post(self, body: bytes) -> int | None:
-        """Return the receiver's HTTP status; None when it gave none."""
-        url = f"{self._endpoint.rstrip('/')}/v1/traces"
-        try:
-            async with (
-                asyncio.timeout(POST_S),
-                self._session.post(
-                    url, data=body, headers={"content-type": "application/json"}, allow_redirects=False
-                ) as response,
-            ):
-                return response.status
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:  # ValueError: no URL
-            log.debug("spans not posted", extra={"endpoint": url, "error": str(error)})
-            return None
-
-    def _batch(self) -> tuple[int, bytes]:
-        """Take the spans at the queue's head that share a profile; return their number and their OTLP request."""
-        profile = self._queue[0][0]
-        spans: list[orjson.Fragment] = []
-        while self._queue and self._queue[0][0] is profile and len(spans) < MAX_BATCH:
-            data = self._queue.popleft()[1]
-            self._queued_bytes -= len(data)
-            spans.append(orjson.Fragment(data))
-        scope = {"scope": {"name": "sidegate"}, "spans": spans}
-        resource = {"attributes": _pairs(_resource(profile))}
-        return len(spans), orjson.dumps({"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]})
+        if profile is not None and self.names(exchange):
+            count, items = spans(exchange, profile, self._host)
+            self._receiver.put(items, count)
 
 
-def span(exchange: Exchange, profile: Profile) -> dict[str, Any]:
-    """Return the span of *exchange* in OTLP's JSON."""
-    document: dict[str, Any] = {
-        "traceId": exchange.trace_id,
-        "spanId": exchange.span_id,
-        "name": _name(exchange),
-        "kind": _SERVER_KIND if exchange.outbound is None else _CLIENT_KIND,
-        "startTimeUnixNano": str(exchange.started_ns),
-        "endTimeUnixNano": str(exchange.started_ns + int(exchange.total_s * 1e9)),
-        "attributes": _pairs(
-            _attributes(exchange) | (_content(exchange, profile) if profile.telemetry.content else {})
-        ),
-        "status": {"code": _ERROR} if _is_error(exchange) else {},
-    }
-    if exchange.parent_id is not None:
-        document["parentSpanId"] = exchange.parent_id
-    return document
+def spans(exchange: Exchange, profile: Profile, host: str) -> tuple[int, bytes]:
+    """Return how many spans *exchange* has, and them in OTLP's JSON with commas between; the server is at *host*."""
+    message, trace_id = exchange.message, exchange.trace_id.encode()
+    name, said = (b'"unreadable"', ()) if message is None else _said(exchange, message)
+    error, code = error_type(exchange), exchange.error_code
+    began_ns, ended_ns = exchange.started_ns, exchange.started_ns + int(exchange.total_s * 1e9)
+    outbound = exchange.outbound
+    parts = [
+        *said,
+        _outcome(error, code, "allowed" if exchange.was_sent else "refused"),
+        _caller(exchange),
+        *((_client(exchange.connection.client),) if message is None or not isinstance(message.target, Ask) else ()),
+        *(() if outbound is None else (_destination(outbound.host, outbound.port, outbound.server),)),
+    ]
+    if profile.telemetry.content and message is not None:
+        parts += _content(exchange, message, profile)
+    first = _SPAN % (
+        trace_id,
+        exchange.span_id.encode(),
+        b"" if exchange.parent_id is None else b'"parentSpanId":"%b",' % exchange.parent_id.encode(),
+        name,
+        SERVER if outbound is None else CLIENT,
+        began_ns,
+        ended_ns,
+        b",".join(filter(None, parts)),
+        b"" if exchange.link is None else _link(exchange),
+        _ERROR if _is_error(exchange) else _UNSET,
+    )
+    if outbound is not None or message is None or not exchange.was_sent or isinstance(message.target, Ask):
+        return 1, first
+    error, server = _of_server(exchange, error), profile.server
+    second = _SPAN % (
+        trace_id,
+        sent_id(exchange.span_id).encode(),
+        b'"parentSpanId":"%b",' % exchange.span_id.encode(),
+        name,
+        CLIENT,
+        began_ns + int((exchange.judged_s if exchange.sent_s is None else exchange.sent_s) * 1e9),
+        ended_ns,
+        b",".join(filter(None, (*said, _outcome(error, code, None), _server(host, server.port, server.transport)))),
+        b"",
+        _ERROR if error else _UNSET,
+    )
+    return 2, first + b"," + second
 
 
-def _name(exchange: Exchange) -> str:
-    """Return `{method} {tool or prompt}`; never a URI, which would be a name of its own for each resource."""
-    message = exchange.message
-    if message is None:
-        return "unreadable"
+_SPAN: Final = (
+    b'{"traceId":"%b","spanId":"%b",%b"name":%b,"kind":%d,"startTimeUnixNano":"%d","endTimeUnixNano":"%d",'
+    b'"attributes":[%b],%b"status":%b}'
+)
+
+
+def _said(exchange: Exchange, message: Message) -> tuple[bytes, tuple[bytes, ...]]:
+    """Return the span's name, and what the message says of itself: the same on both sides."""
     target = message.target
-    return f"{message.method} {cut(target.name)}" if isinstance(target, Tool | Prompt) else message.method
+    match target:
+        case Tool(name=label):
+            kind = "tool"
+        case Prompt(name=label):
+            kind = "prompt"
+        case Resource(uri=label):
+            kind = "resource"
+        case _:
+            kind = label = ""
+    describe = _described if len(label) <= SHORT_CHARS else _described.__wrapped__
+    version, session_id = (exchange.protocol_version or "")[:SHORT_CHARS], (exchange.session_id or "")[:SHORT_CHARS]
+    name, described = describe(message.method, kind, label, version, session_id)
+    request_id = message.id
+    if request_id is None:
+        return name, (described,)
+    if isinstance(request_id, int):
+        return name, (described, b'{"key":"jsonrpc.request.id","value":{"stringValue":"%d"}}' % request_id)
+    return name, (described, attribute("jsonrpc.request.id", request_id[:SHORT_CHARS]))
 
 
-def _attributes(exchange: Exchange) -> dict[str, str | None]:
-    message, principal, agent = exchange.message, exchange.principal, exchange.agent
+@lru_cache(maxsize=1024)
+def _described(method: str, kind: str, label: str, version: str, session_id: str) -> tuple[bytes, bytes]:
+    """Return the name, `{method} {tool or prompt}`, and attributes; a URI is no name, each would be one of its own."""
+    found = [("mcp.method.name", method)]
+    short = cut(label) or ""
+    if kind == "tool":
+        found += [("gen_ai.operation.name", "execute_tool"), ("gen_ai.tool.name", short)]
+    elif kind == "prompt":
+        found.append(("gen_ai.prompt.name", short))
+    elif kind == "resource":
+        found.append(("mcp.resource.uri", short))
+    found += [
+        (key, value) for key, value in (("mcp.protocol.version", version), ("mcp.session.id", session_id)) if value
+    ]
+    name = f"{method} {short}" if kind in ("tool", "prompt") else method
+    return encode(name), _joined(found)
+
+
+def _caller(exchange: Exchange) -> bytes:
+    agent, principal = exchange.agent, exchange.principal
     user = None if principal is None else principal.user
-    address, _, port = exchange.connection.client.rpartition(":")
-    return {
-        "mcp.session.id": exchange.session_id,
-        "mcp.protocol.version": exchange.protocol_version,
-        "network.transport": "tcp",
-        "client.address": address.strip("[]") or None,
-        "client.port": port or None,
-        "error.type": error_type(exchange) or None,
-        "rpc.response.status_code": None if exchange.error_code is None else str(exchange.error_code),
-        "sidegate.decision": "allowed" if exchange.was_sent else "refused",
-        "sidegate.policy.revision": exchange.revision or None,
-        "sidegate.agent.session": agent.session,
-        "sidegate.agent.client_name": agent.client_name,
-        "sidegate.workload.spiffe_id": None if principal is None else str(principal.workload or "") or None,
-        "sidegate.user.id": None if user is None else user.id,
-        "sidegate.user.issuer": None if user is None else user.issuer,
-        **({} if message is None else _described(message)),
-        **({} if exchange.outbound is None else _destination(exchange.outbound)),
-    }
+    workload = None if principal is None else principal.workload
+    if user is None:
+        return _who(exchange.revision, agent.session, agent.client_name, workload, "", "")
+    tell = _who if len(user.id) <= SHORT_CHARS else _who.__wrapped__
+    return tell(exchange.revision, agent.session, agent.client_name, workload, user.id, user.issuer)
 
 
-def _destination(outbound: Outbound) -> dict[str, str | None]:
-    return {
-        "server.address": cut(outbound.host),
-        "server.port": str(outbound.port),
-        "sidegate.peer.spiffe_id": None if outbound.server is None else str(outbound.server),
-    }
+@lru_cache(maxsize=512)
+def _who(
+    revision: str, session: str | None, client_name: str | None, workload: SpiffeId | None, user: str, issuer: str
+) -> bytes:
+    found = (
+        ("sidegate.policy.revision", revision),
+        ("sidegate.agent.session", session),
+        ("sidegate.agent.client_name", client_name),
+        ("sidegate.workload.spiffe_id", str(workload or "")),
+        ("sidegate.user.id", user),
+        ("sidegate.user.issuer", issuer),
+    )
+    return _joined([(key, value) for key, value in found if value])
 
 
-def _described(message: Message) -> dict[str, str | None]:
-    described: dict[str, str | None] = {
-        "mcp.method.name": message.method,
-        "jsonrpc.request.id": None if message.id is None else str(message.id),
-    }
-    match message.target:
-        case Tool(name=name):
-            described |= {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": cut(name)}
-        case Prompt(name=name):
-            described["gen_ai.prompt.name"] = cut(name)
-        case Resource(uri=uri):
-            described["mcp.resource.uri"] = cut(uri)
-    return described
+@lru_cache(maxsize=512)
+def _client(client: str) -> bytes:
+    address, _, port = client.rpartition(":")
+    found: list[tuple[str, str | int]] = [("network.transport", "tcp"), ("network.protocol.name", "http")]
+    if address:
+        found += [("client.address", address.strip("[]")), ("client.port", int(port) if port.isdecimal() else port)]
+    return _joined(found)
 
 
-def _content(exchange: Exchange, profile: Profile) -> dict[str, str | None]:
+@lru_cache(maxsize=16)
+def _server(host: str, port: int, transport: str) -> bytes:
+    if transport == "stdio":
+        return attribute("network.transport", "pipe")
+    return _joined(
+        [
+            ("network.transport", "tcp"),
+            ("network.protocol.name", "http"),
+            ("server.address", host),
+            ("server.port", port),
+        ]
+    )
+
+
+@lru_cache(maxsize=512)
+def _destination(host: str, port: int, server: SpiffeId | None) -> bytes:
+    found: list[tuple[str, str | int]] = [("server.address", cut(host) or ""), ("server.port", port)]
+    if server is not None:
+        found.append(("sidegate.peer.spiffe_id", str(server)))
+    return _joined(found)
+
+
+@lru_cache(maxsize=512)
+def _outcome(error: str, code: int | None, decision: str | None) -> bytes:
+    found = (
+        ("sidegate.decision", decision),
+        ("error.type", error),
+        ("rpc.response.status_code", None if code is None else str(code)),
+    )
+    return _joined([(key, value) for key, value in found if value])
+
+
+def _joined(found: Sequence[tuple[str, str | int]]) -> bytes:
+    return b",".join(attribute(key, value) for key, value in found)
+
+
+def _content(exchange: Exchange, message: Message, profile: Profile) -> list[bytes]:
     """Return arguments and result, redacted and cut as in the audit trail: opt-in, since many read a collector."""
-    message, audit = exchange.message, profile.audit
-    if message is None or not isinstance(message.target, Tool):
-        return {}
+    audit, target = profile.audit, message.target
+    if not isinstance(target, Tool):
+        return []
+    arguments = arguments_of(exchange, target, audit).cut(audit.max_bytes)[:MAX_VALUE_CHARS]
+    found = [attribute("gen_ai.tool.call.arguments", arguments)]
     result = answer(exchange, audit)
-    return {
-        "gen_ai.tool.call.arguments": redact(message.target.arguments, audit.redact).cut(audit.max_bytes),
-        "gen_ai.tool.call.result": None if result is None else result.cut(audit.max_bytes),
-    }
+    if result is not None:
+        found.append(attribute("gen_ai.tool.call.result", result.cut(audit.max_bytes)[:MAX_VALUE_CHARS]))
+    return found
+
+
+def _link(exchange: Exchange) -> bytes:
+    """Return the link to the span that brought the HTTP request, where the message has a parent of its own."""
+    link = exchange.link
+    return b"" if link is None else b'"links":[%b],' % encode({"traceId": link.trace_id, "spanId": link.parent_id})
 
 
 def _is_error(exchange: Exchange) -> bool:
-    """Return whether the span failed; what the caller did wrong is no error of the server (conventions, span status)."""
+    """Say whether the SERVER span failed; what the caller did wrong is no error of the server (conventions, status)."""
     if exchange.refusal is not None:
-        return exchange.refusal.reason in (Reason.UPSTREAM, Reason.FAULT, Reason.NOT_READY)
+        return exchange.refusal.reason in _OURS
     code = exchange.error_code
-    return error_type(exchange) == TOOL_ERROR or code == -32603 or (code is not None and -32099 <= code <= -32000)
+    return exchange.tool_failed or code == -32603 or (code is not None and -32099 <= code <= -32000)
 
 
-def _resource(profile: Profile) -> dict[str, str | None]:
-    server = profile.server
-    return {
-        "service.name": server.name,
-        "service.namespace": server.namespace,
-        "service.version": server.version or None,
-        "k8s.namespace.name": server.namespace,
-        "sidegate.server.workload": server.workload,
-    }
-
-
-def _pairs(attributes: dict[str, str | None]) -> list[dict[str, Any]]:
-    """Return OTLP's KeyValues; what is None is left out."""
-    return [
-        _short_pair(key, value) if len(value) <= SHORT_CHARS else _pair(key, value)
-        for key, value in attributes.items()
-        if value is not None
-    ]
-
-
-def _pair(key: str, value: str) -> dict[str, Any]:
-    return {"key": key, "value": {"intValue" if key in _INTEGERS else "stringValue": value[:MAX_VALUE_CHARS]}}
-
-
-_short_pair: Final = lru_cache(maxsize=1024)(_pair)  # most are the same in every call of a session; nobody changes them
-
-
-_INTEGERS: Final = frozenset({"client.port", "server.port"})  # protobuf's JSON writes 64-bit integers as strings
+def _of_server(exchange: Exchange, error: str) -> str:
+    """Return `error.type` of the CLIENT span: how the server failed; empty where it did not."""
+    if exchange.refusal is None or exchange.refusal.reason is Reason.UPSTREAM:
+        return error
+    if exchange.error_code is not None:  # answered, and we refused the answer
+        return str(exchange.error_code)
+    if exchange.tool_failed:
+        return TOOL_ERROR
+    return "" if exchange.aborted is None else ABORTED

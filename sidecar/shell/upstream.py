@@ -361,9 +361,14 @@ def _request(exchange: Exchange, authority: bytes, traceparent: bytes) -> bytes:
     connection = exchange.connection
     lines = [f"{connection.method} {connection.target} HTTP/1.1".encode("latin-1"), b"host: " + authority]
     in_session = connection.values.get(b"mcp-session-id") == (exchange.session_id or "").encode("latin-1")
-    lines += [b"%b: %b" % pair for pair in forwarded_headers(connection.headers, in_session=in_session)]
+    forwarded = forwarded_headers(connection.headers, in_session=in_session)
+    if exchange.link is not None:  # the state belongs to the trace that the request came with, not to the message's
+        forwarded = [pair for pair in forwarded if pair[0] != b"tracestate"]
+    lines += [b"%b: %b" % pair for pair in forwarded]
     # identity: what cannot be read cannot be judged.
-    lines += [b"accept-encoding: identity", b"traceparent: " + traceparent]
+    lines.append(b"accept-encoding: identity")
+    if traceparent:
+        lines.append(b"traceparent: " + traceparent)
     lines += [b"%b: %b" % pair for pair in exchange.credentials]
     if connection.body or connection.method == "POST":
         lines.append(b"content-length: %d" % len(connection.body))

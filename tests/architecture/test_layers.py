@@ -26,7 +26,6 @@ WITHOUT_MIRROR = {
     "sidecar/errors.py": "names only",
     "sidecar/exchange.py": "a record; its one rule is tried in tests/sidecar/test_pipeline.py",
     "sidecar/shell/app.py": "puts the parts together; tests/wire and tests/e2e run it",
-    "sidecar/shell/logs.py": "settings of the standard library's logging",
     "sidecar/shell/precompile.py": "one call of the compiler, in a process of its own",
     "sidecar/shell/snapshot.py": "tried with app.py",
     "webhook/__main__.py": "starts the process; tests/e2e runs it",

@@ -76,7 +76,7 @@ async def test_without_an_agent_it_stays_up_unready_and_closed(tmp_path: Path) -
         assert answer is not None
         assert answer.line.startswith((b"HTTP/1.1 503", b"HTTP/1.1 401"))
         await plain.close()
-        assert app._metrics._handshakes[PeerReason.OWN_SVID_MISSING] == 1
+        assert app._telemetry.metrics._handshakes[PeerReason.OWN_SVID_MISSING] == 1
 
         async with running(world.agent()):
             await eventually(lambda: told(app) == "", what="readiness")
@@ -146,5 +146,5 @@ async def test_a_domain_whose_bundle_cannot_be_read_fails_alone(tmp_path: Path) 
                 await client.say(post(a_call()))
                 assert await client.rest() == b""
             await client.close()
-            await eventually(lambda: app._metrics._handshakes[PeerReason.UNTRUSTED_CHAIN], what="the refusal")
+            await eventually(lambda: app._telemetry.metrics._handshakes[PeerReason.UNTRUSTED_CHAIN], what="the refusal")
     assert "untrusted-chain" in (tmp_path / "audit.jsonl").read_text()

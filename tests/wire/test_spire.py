@@ -160,7 +160,7 @@ async def test_each_domain_vouches_for_its_own_members_only(tmp_path: Path) -> N
             )
             writer.write(b"x")
             assert await reader.read() == b""
-        assert app._metrics._handshakes[PeerReason.UNTRUSTED_CHAIN] == 1
+        assert app._telemetry.metrics._handshakes[PeerReason.UNTRUSTED_CHAIN] == 1
 
         server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=impostor.context)
         refused: list[PeerReason] = []

@@ -23,7 +23,7 @@ async def a_health(probes: object = None, conditions: dict[str, str] | None = No
         upstream_host="127.0.0.1",
         probes=decode(json.dumps(probes or {})),
         conditions=lambda: conditions or {},
-        render_metrics=lambda: "# HELP x y\nx 1\n",
+        render_metrics=lambda *, openmetrics: "# EOF\n" if openmetrics else "# HELP x y\nx 1\n",
     )
     runner = web.AppRunner(health.application(), access_log=None)
     await runner.setup()
