@@ -10,11 +10,11 @@ from typing import Any, Final, Literal, Self
 
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffeId
-from sidecar.config import PREFIX, Capture, LogLevel, number, port_number, setting_of
+from sidecar.config import PREFIX, Capture, LogLevel, ShipFormat, number, port_number, setting_of
 from sidecar.config import Settings as SidecarSettings
 from sidecar.core.profile import Audit, Telemetry
 from webhook.core import quantity
-from webhook.core.container import SPIFFE_DIR, Amounts, Template
+from webhook.core.container import AUDIT_FILE, SPIFFE_DIR, Amounts, Template
 from webhook.core.effective import Defaults
 from webhook.errors import BadSetting
 
@@ -157,6 +157,33 @@ class Settings:
     audit_content: Literal["full", "hash"] = setting_of(
         _one_of("full", "hash"), "Whether audit records hold arguments and results, or their hashes.", default="full"
     )
+    audit_before: Literal["off", "changes", "all"] = setting_of(
+        _one_of("off", "changes", "all"),
+        "Which calls are recorded once more before they are sent: none, tools/call, or all.",
+        default="changes",
+    )
+    audit_when_full: Literal["refuse", "drop"] = setting_of(
+        _one_of("refuse", "drop"),
+        "What happens to calls of which no record can be kept; drop: records are lost, and counted.",
+        default="refuse",
+    )
+
+    # Where audit records go; no namespace can change it.
+    audit_sink: Literal["stdout", "file"] = setting_of(
+        _one_of("stdout", "file"), "A sidecar's standard output, or files in a volume of its own.", default="stdout"
+    )
+    audit_keep: int = setting_of(
+        quantity.parse_memory, "How large these files may become together, in each pod.", default=256 * 2**20
+    )
+    audit_ship: str = setting_of(
+        str, "URL to which each sidecar sends the lines of its files: a base URL for otlp; empty: nobody.", default=""
+    )
+    audit_ship_format: str = setting_of(
+        _one_of(*ShipFormat), "As what: log records of OTLP/HTTP, or the lines themselves.", default="otlp"
+    )
+    audit_ship_id: str = setting_of(
+        str, "SPIFFE ID pattern that the receiver must show by mutual TLS; empty: HTTPS as the web has it.", default=""
+    )
     otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")
 
     @classmethod
@@ -203,6 +230,7 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
             bundle_max_age_s=settings.bundle_max_age_s,
             otlp_endpoint=settings.otlp_endpoint,
             log_level=LogLevel(settings.sidecar_log_level),
+            **_trail(settings),
         ),
         amounts=Amounts(
             cpu_m=settings.sidecar_cpu,
@@ -213,6 +241,21 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
     )
 
 
+def _trail(settings: Settings) -> dict[str, Any]:
+    """Return what sidecars are told of the audit trail; raises BadSetting."""
+    if settings.audit_sink == "stdout":
+        if settings.audit_ship:
+            raise BadSetting(f"{PREFIX}AUDIT_SHIP={settings.audit_ship!r}: only with {PREFIX}AUDIT_SINK=file")
+        return {}
+    return {
+        "audit_sink": AUDIT_FILE,
+        "audit_keep_bytes": float(settings.audit_keep),
+        "audit_ship": settings.audit_ship,
+        "audit_ship_format": ShipFormat(settings.audit_ship_format),
+        "audit_ship_id": settings.audit_ship_id,
+    }
+
+
 def defaults(settings: Settings) -> Defaults:
     """Return what a workload gets that says nothing else."""
     content = settings.audit_content
@@ -220,6 +263,8 @@ def defaults(settings: Settings) -> Defaults:
         mtls=settings.mtls,
         user=settings.user,
         jwt_svid=settings.jwt_svid,
-        audit=Audit(arguments=content, results=content),
+        audit=Audit(
+            arguments=content, results=content, before=settings.audit_before, when_full=settings.audit_when_full
+        ),
         telemetry=Telemetry(otlp_endpoint=settings.otlp_endpoint or None),
     )

@@ -4,7 +4,9 @@ from dataclasses import fields
 
 import pytest
 
-from webhook.config import Settings
+from sidecar.config import ShipFormat
+from webhook.config import Settings, template
+from webhook.core.container import AUDIT_FILE
 from webhook.errors import BadSetting
 
 ID = {"SIDEGATE_CONTROL_PLANE_ID": "spiffe://a.test/ns/sidegate-system/sa/sidegate"}
@@ -67,3 +69,16 @@ def test_all_problems_are_said_at_once() -> None:
 
     assert len(str(refused.value).splitlines()) == 3
     assert "SIDEGATE_CONTROL_PLANE_ID: missing" in str(refused.value)
+
+
+def test_shipping_needs_files_to_ship() -> None:
+    """Standard output is read by others; what waits for a receiver must be somewhere."""
+    with pytest.raises(
+        BadSetting, match=r"SIDEGATE_AUDIT_SHIP='https://siem\.test': only with SIDEGATE_AUDIT_SINK=file"
+    ):
+        template(Settings(audit_ship="https://siem.test"), "1", "")
+
+    sidecar = template(Settings(audit_sink="file", audit_keep=2**30, audit_ship="https://siem.test"), "1", "").sidecar
+    assert (sidecar.audit_sink, sidecar.audit_keep_bytes) == (AUDIT_FILE, float(2**30))
+    assert (sidecar.audit_ship, sidecar.audit_ship_format) == ("https://siem.test", ShipFormat.OTLP)
+    assert template(Settings(), "1", "").sidecar.audit_sink == "stdout"

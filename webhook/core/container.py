@@ -28,7 +28,8 @@ SPIFFE_DRIVER: Final = "csi.spiffe.io"
 PROBES_VARIABLE: Final = f"{PREFIX}PROBES"
 SPIFFE_DIR: Final = "/spiffe-workload-api"
 CACHE_DIR: Final = "/var/cache/sidegate"
-CACHE_SIZE: Final = "64Mi"  # last good bundle and compiled policy, both several times over
+CACHE_BYTES: Final = 64 * 2**20  # last good bundle and compiled policy, both several times over
+AUDIT_FILE: Final = f"{CACHE_DIR}/audit.jsonl"
 TOKEN_DIR: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
 START_BUDGET_S: Final = 180  # an SVID takes some 10 s on a cold node, a new bundle a few
 
@@ -116,12 +117,13 @@ def init_containers(template: Template, plan: Plan) -> list[JSON]:
     ]
 
 
-def volumes(*, is_stdio: bool = False) -> list[JSON]:
-    """Return our volumes: no hostPath, which even the `baseline` standard forbids."""
+def volumes(*, is_stdio: bool = False, audit_bytes: int = 0) -> list[JSON]:
+    """Return our volumes: no hostPath, which even the `baseline` standard forbids. *audit_bytes*: of records kept."""
+    cache_bytes = CACHE_BYTES + audit_bytes + audit_bytes // 4  # a pod is evicted when it holds more
     return [
         *([{"name": relay.VOLUME, "emptyDir": {"sizeLimit": "8Mi"}}] if is_stdio else []),
         {"name": SPIFFE_VOLUME, "csi": {"driver": SPIFFE_DRIVER, "readOnly": True}},
-        {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": CACHE_SIZE}},
+        {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": quantity.memory(cache_bytes)}},
         {"name": NO_TOKEN_VOLUME, "emptyDir": {"sizeLimit": "1Mi"}},
     ]
 

@@ -211,7 +211,7 @@ def _plan(
     )
     injection = patch.Injection(
         init_containers=container.init_containers(template, plan),
-        volumes=container.volumes(is_stdio=is_stdio),
+        volumes=container.volumes(is_stdio=is_stdio, audit_bytes=int(template.sidecar.audit_keep_bytes)),
         relocated=relocated,
         status=_status(template, capture, port, move),
         revision=template.revision,
@@ -283,7 +283,7 @@ def _plan_agent(
     )
     injection = patch.Injection(
         init_containers=container.init_containers(template, plan),
-        volumes=container.volumes(),
+        volumes=container.volumes(audit_bytes=int(template.sidecar.audit_keep_bytes)),
         relocated={each["name"]: container.proxied(each) for each in both} if capture is Capture.REMAP else {},
         status=_agent_status(template, capture, ports),
         revision=template.revision,

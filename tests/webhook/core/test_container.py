@@ -110,3 +110,11 @@ def test_hash_tells_templates_apart() -> None:
     assert replace(TEMPLATE).hash == TEMPLATE.hash
     assert replace(TEMPLATE, image="other").hash != TEMPLATE.hash
     assert replace(TEMPLATE, sidecar=replace(TEMPLATE.sidecar, bundle_keys="x")).hash != TEMPLATE.hash
+
+
+def test_the_volume_holds_all_records_that_are_kept() -> None:
+    """And a reserve: a pod that holds more than its volume's size is evicted."""
+    (cache,) = [each for each in container.volumes(audit_bytes=256 * 2**20) if each["name"] == container.CACHE_VOLUME]
+
+    assert cache["emptyDir"] == {"sizeLimit": "384Mi"}
+    assert {"name": container.CACHE_VOLUME, "emptyDir": {"sizeLimit": "64Mi"}} in container.volumes()

@@ -94,6 +94,26 @@ def test_audit_holds_no_more_than_the_cluster_allows() -> None:
     assert combined(a_profile(), defaults=defaults).profile.audit == defaults.audit
 
 
+@pytest.mark.parametrize(
+    ("cluster", "wish", "got"),
+    [
+        (("changes", "refuse"), (None, None), ("changes", "refuse")),
+        (("changes", "refuse"), ("off", "drop"), ("changes", "refuse")),
+        (("off", "drop"), ("all", "refuse"), ("all", "refuse")),
+        (("all", "drop"), ("changes", None), ("all", "drop")),
+    ],
+)
+def test_a_namespace_can_have_more_recorded_and_never_less(
+    cluster: tuple[Any, Any], wish: tuple[Any, Any], got: tuple[str, str]
+) -> None:
+    """Before a call is sent, and when no record can be kept."""
+    defaults = Defaults(audit=Audit(before=cluster[0], when_full=cluster[1]))
+    asked = {name: value for name, value in zip(("before", "whenFull"), wish, strict=True) if value}
+
+    audit = combined(a_profile(audit=asked), defaults=defaults).profile.audit
+    assert (audit.before, audit.when_full) == got
+
+
 def test_telemetry_goes_where_the_profile_says() -> None:
     """The namespace may have a collector of its own; content is its own choice."""
     defaults = Defaults(telemetry=Telemetry(otlp_endpoint="http://all:4318"))
