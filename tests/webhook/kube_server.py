@@ -27,8 +27,11 @@ class KubeServer:
         self.events: list[tuple[str, str, Any]] = []  # collection, type, object
         self.requests: list[str] = []
         self.patches: list[tuple[str, Any]] = []  # path and body
+        self.texts: dict[str, str] = {}  # what is no JSON, by path
+        self.answers: dict[str, Any] = {}  # to what is asked by POST and kept nowhere, by path
         self.oldest = 0  # versions below are gone
         self.fail_next: list[int] = []  # HTTP statuses to answer with first
+        self.port = 0
         self._changed = asyncio.Event()
         self._cut = 0
 
@@ -81,18 +84,23 @@ class KubeServer:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        kube = connection_to(runner.addresses[0][1])
+        self.port = runner.addresses[0][1]
+        kube = connection_to(self.port)
         try:
             yield kube
         finally:
             await kube.aclose()
             await runner.cleanup()
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:  # noqa: PLR0911 - one a verb
         self.requests.append(f"{request.method} {request.path}")
         if self.fail_next:
             return _status(self.fail_next.pop(0), "made up")
+        if request.path in self.texts:
+            return web.Response(text=self.texts[request.path])
         match request.method:
+            case "POST" if request.path in self.answers:
+                return web.json_response(self.answers[request.path], status=201)
             case "GET" if "watch" in request.query:
                 return await self._watch(request)
             case "GET":
@@ -199,6 +207,20 @@ def connection_to(port: int) -> Kube:
     configuration = Configuration()
     configuration.host = f"http://127.0.0.1:{port}"
     return Kube(ApiClient(configuration))
+
+
+def kubeconfig(port: int) -> str:
+    """Return the text of a kubeconfig for an API server on *port* of this machine."""
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+    )
 
 
 def _status(code: int, message: str) -> web.Response:

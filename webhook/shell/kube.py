@@ -31,6 +31,7 @@ PAGE: Final = 500  # kubectl's chunk size
 REWATCH_S: Final = 0.2  # a server that ends watches at once must not make us spin
 WATCH_S: Final = 240  # the server ends a watch after that; API servers themselves choose 5 to 10 minutes
 RETRY_MAX_S: Final = 30.0
+MAX_TEXT_BYTES: Final = 2**20  # of metrics
 STRATEGIC_MERGE: Final = "application/strategic-merge-patch+json"
 JSON_MERGE: Final = "application/merge-patch+json"
 
@@ -95,6 +96,18 @@ class Kube:
         except (config.ConfigException, OSError) as error:
             raise KubeError(0, f"no access to the Kubernetes API: {error}") from error
 
+    @classmethod
+    async def open_as_user(cls, kubeconfig: str | None = None, context: str | None = None) -> Self:
+        """Return a connection as kubectl would make it; the kubeconfig is left as it is. Raises KubeError."""
+        configuration = Configuration()
+        try:
+            await config.load_kube_config(  # type: ignore[no-untyped-call]
+                config_file=kubeconfig, context=context, client_configuration=configuration, persist_config=False
+            )
+            return cls(ApiClient(configuration))
+        except (config.ConfigException, OSError) as error:
+            raise KubeError(0, f"no access to the Kubernetes API: {error}") from error
+
     async def aclose(self) -> None:
         """Close all connections."""
         await self._client.close()  # type: ignore[no-untyped-call]
@@ -107,6 +120,14 @@ class Kube:
             if error.status == 404:
                 return None
             raise
+
+    async def text(self, path: str) -> str:
+        """Return what *path* answers, up to MAX_TEXT_BYTES, as text. Raises KubeError."""
+        async with self._request("GET", path) as response:
+            data = await _within(CALL_TIMEOUT_S, response.content.read(MAX_TEXT_BYTES))
+            while len(data) < MAX_TEXT_BYTES and (more := await _within(CALL_TIMEOUT_S, response.content.read(4096))):
+                data += more
+        return data[:MAX_TEXT_BYTES].decode(errors="replace")
 
     async def create(self, path: str, body: JSON, *, dry_run: bool = False) -> JSON:
         """Return the object as created below *path*, or as it would be. Raises KubeError; status 409 when it exists."""
