@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import ssl
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +21,8 @@ from webhook.config import Settings
 from webhook.core.signing import ROTATE, SigningKeys
 from webhook.errors import KubeError
 from webhook.shell.kube import Kube
-from webhook.shell.rotate import Rotation, SigningRotation
+from webhook.shell.metrics import Metrics
+from webhook.shell.rotate import PERIOD_S, Rotation, SigningRotation
 
 SECRETS = "/api/v1/namespaces/sidegate-system/secrets"
 CONFIGURATIONS = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
@@ -312,3 +314,29 @@ async def test_write_that_always_comes_second_gives_up() -> None:
         await Replica(Busy(), Clock()).rotation.step()
     with pytest.raises(KubeError, match="always faster"):
         await Rotation(Busy(), ServingServer(), SETTINGS).step()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Return when *is_so*; nobody tells."""
+    while not is_so():  # noqa: ASYNC110 - see above
+        await asyncio.sleep(0.01)
+
+
+async def test_who_leads_puts_a_changed_ca_bundle_back_at_once() -> None:
+    """Without waiting for its next round."""
+    server = a_server(a_webhook("a"))
+    server.objects[CONFIGURATIONS.replace("mutating", "validating")] = {}
+    changed = {"metadata": {"name": "sidegate"}, "webhooks": [a_webhook("a", caBundle="eA==")]}
+    metrics = Metrics()
+    async with server.running() as kube:
+        rotation = Rotation(kube, ServingServer(), SETTINGS, metrics=metrics)
+        async with asyncio.timeout(PERIOD_S - 1), asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(rotation.run()), tasks.create_task(rotation.watch(lambda: True))]
+            await until(lambda: None not in ca_bundles(server))
+            trusted = ca_bundles(server)
+            server.put(CONFIGURATIONS, changed)
+            await until(lambda: ca_bundles(server) == trusted)
+            for each in running:
+                each.cancel()
+
+    assert metrics.registry.get_sample_value("sidegate_ca_bundle_writes_total") == 2
