@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.cluster.cluster import CommandError
-from tests.e2e.governed import RELEASE, Governed, resource
+from tests.e2e.governed import RELEASE, Governed, container, resource, workload_image
 from tests.e2e.test_governed import READ, RECORDS
 
 if TYPE_CHECKING:
@@ -171,3 +173,93 @@ def test_a_good_policy_reaches_every_pod_and_a_broken_one_none(governed: Governe
     governed.cluster.wait_until(
         "the tool is allowed again", lambda: governed.ask(RECORDS, READ, token=token)["results"][0]["ok"], timeout_s=60
     )
+
+
+def sidegate(governed: Governed, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb as an operator types it, by the cluster's kubeconfig."""
+    command = governed.cluster.command(sys.executable, "-m", "webhook.cli", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_status_says_that_everything_is_governed_and_how_fresh_it_is(governed: Governed) -> None:
+    """Guarantee, version, bundle and SVID of each pod, by its sidecar's own word."""
+    done = sidegate(governed, "status", "-n", "demo", "-o", "json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+
+    assert report["namespaces"][0]["expected"] == report["namespaces"][0]["governed"] >= 2
+    for pod in report["pods"]:
+        assert (pod["state"], pod["guarantee"]) == ("governed", "redirect")
+        assert len(pod["live"]["revision"]) >= 12
+        assert 0 <= pod["live"]["bundle_age_s"] < 90
+        assert 0 < pod["live"]["svid_left_s"] <= governed.spire.settings.svid_ttl_s
+    table = sidegate(governed, "status", "-n", "demo").stdout
+    assert table.endswith("\nall that should be governed is\n")
+
+
+def test_a_pod_from_before_the_label_is_found(governed: Governed) -> None:
+    """By status and by check, which both fail, and say what to do."""
+    cluster = governed.cluster
+    cluster.make_namespace("late")
+    labels = {"sidegate.dev/server": "true"}
+    pod = {"containers": [container("app", workload_image(), "sleep", "1000000")], "terminationGracePeriodSeconds": 1}
+    metadata = {"name": "early", "namespace": "late", "labels": labels}
+    cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod})
+    cluster.kubectl("label", "namespace", "late", "sidegate.dev/injection=enabled")
+    try:
+        said = sidegate(governed, "status", "-n", "late")
+        checked = sidegate(governed, "check", "-o", "json")
+    finally:
+        cluster.kubectl("delete", "namespace", "late", "--wait=false")
+
+    assert said.returncode == checked.returncode == 1
+    assert (
+        "Pod late/early: not governed, although label sidegate.dev/server=true; restart workload early" in said.stdout
+    )
+    failed = {each["name"]: each["text"] for each in json.loads(checked.stdout) if each["level"] == "fail"}
+    assert set(failed) == {"pods"}, failed
+    assert failed["pods"].startswith("late/early is not governed")
+
+
+def test_check_passes_where_nothing_is_wrong(governed: Governed) -> None:
+    """But for what one small cluster lacks: a second replica."""
+    governed.cluster.kubectl("wait", "--for=delete", "namespace/late", "--timeout=60s")
+    done = sidegate(governed, "check", "-o", "json")
+    findings = json.loads(done.stdout)
+
+    assert done.returncode == 0, done.stdout
+    assert {each["text"] for each in findings if each["name"] == "control-plane"} == {
+        "sidegate-system/sidegate: one replica"
+    }
+    levels = {each["name"]: each["level"] for each in findings}
+    assert {levels[name] for name in ("api-version", "permissions", "spire-csi", "webhook", "crd-mcppolicies")} == {
+        "ok"
+    }
+
+
+def test_the_next_replica_counts_on(governed: Governed) -> None:
+    """Pods ask either of two replicas; the one that leads goes; the other leads, and the sums are right."""
+    system = ("--namespace", RELEASE)
+    cluster = governed.cluster
+
+    def holder() -> str:
+        name: str = cluster.get(*system, "lease", "sidegate")["spec"]["holderIdentity"]
+        return name.rpartition("_")[0]
+
+    cluster.kubectl(*system, "scale", "deployment/sidegate", "--replicas=2")
+    try:
+        cluster.kubectl(*system, "rollout", "status", "deployment/sidegate", "--timeout=120s")
+        first = holder()
+        cluster.kubectl(*system, "delete", "pod", first, "--wait=false")
+        cluster.wait_until("another one leads", lambda: holder() not in {first, ""}, timeout_s=60)
+        narrow = 'permit (principal, action, resource) unless { resource == Tool::"records/list_tables" };'
+        cluster.apply(resource("MCPPolicy", "narrow", {**ANY, "cedar": narrow}))
+        cluster.wait_until(
+            "it is distributed",
+            lambda: shown(governed, "narrow")[2:] == ["True", "True", everywhere(governed)],
+            timeout_s=90,
+        )
+    finally:
+        cluster.kubectl("--namespace", "demo", "delete", "mcppolicy", "narrow", "--ignore-not-found")
+        cluster.kubectl(*system, "scale", "deployment/sidegate", "--replicas=1")
+        cluster.kubectl(*system, "rollout", "status", "deployment/sidegate", "--timeout=120s")
