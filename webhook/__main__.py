@@ -32,7 +32,7 @@ async def serve(settings: Settings) -> None:
             settings,
             version=__version__,
             kube=kube,
-            compile_files=functools.partial(opa.files, opa=program),
+            compile_files=opa.Remembering(program).files,
             check=functools.partial(opa.check, opa=program),
         )
         await app.run(stop)

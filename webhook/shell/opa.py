@@ -5,15 +5,19 @@ Source: OPA documentation, "CLI", version 1.22.
 """
 
 import asyncio
+import hashlib
 import io
 import json
 import shutil
 import tarfile
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Final, cast
+
+import msgspec
 
 from sidecar.core import profile as profiles
 from sidecar.core.bundle import WASM
@@ -23,6 +27,8 @@ from webhook.core import contract
 from webhook.core.check import Finding
 from webhook.errors import BadPolicy
 from webhook.shell import cedar
+
+MAX_REMEMBERED: Final = 512  # policies; a few KB each, some 100 KB with Rego
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +127,41 @@ class Opa:
 
 async def files(policies: Sequence[compiler.Policies], profile: profiles.Profile, opa: Opa) -> dict[str, bytes]:
     """Return the files of the bundle that holds *policies* and *profile*; raises BadPolicy."""
-    compiled: list[list[compiler.Compiled]] = []
-    for each in policies:
-        found: list[compiler.Compiled] = []
-        if each.rego:
-            found.append(await opa.compile(each))
-        if each.cedar:
-            found.append(await cedar.compile(each))
-        compiled.append(found)
-    return compiler.files(policies, profile, compiled)
+    return compiler.files(policies, profile, [await compiled(each, opa) for each in policies])
 
 
-async def check(policies: compiler.Policies, opa: Opa) -> list[Finding]:
-    """Return what is wrong with policies that compile: errors do not do what they say. Raises BadPolicy."""
-    found = await opa.check(policies) if policies.rego else []
-    return [*found, *(await cedar.check(policies) if policies.cedar else ())]
+async def compiled(policies: compiler.Policies, opa: Opa) -> list[compiler.Compiled]:
+    """Return what the compilers find of *policies*; raises BadPolicy."""
+    found: list[compiler.Compiled] = []
+    if policies.rego:
+        found.append(await opa.compile(policies))
+    if policies.cedar:
+        found.append(await cedar.compile(policies))
+    return found
+
+
+class Remembering:
+    """`files`, with what was compiled remembered: one policy may select a thousand workloads."""
+
+    def __init__(self, opa: Opa) -> None:
+        self._opa = opa
+        self._known: OrderedDict[bytes, list[compiler.Compiled]] = OrderedDict()
+
+    async def files(self, policies: Sequence[compiler.Policies], profile: profiles.Profile) -> dict[str, bytes]:
+        """Return the files of the bundle that holds *policies* and *profile*; raises BadPolicy."""
+        return compiler.files(policies, profile, [await self._compiled(each) for each in policies])
+
+    async def _compiled(self, policies: compiler.Policies) -> list[compiler.Compiled]:
+        key = msgspec.json.encode(
+            [policies.rego, policies.data, policies.cedar, policies.schema, policies.vocabulary], order="deterministic"
+        )
+        digest = hashlib.sha256(key).digest()
+        if digest not in self._known:
+            self._known[digest] = await compiled(policies, self._opa)
+        self._known.move_to_end(digest)
+        while len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return self._known[digest]
 
 
 _LIMITED = ("--capabilities=capabilities.json",)

@@ -13,9 +13,10 @@ from sidecar.core.projection import Projection
 from sidecar.core.rego import RegoEngine
 from tests.parts import part
 from tests.sidecar.questions import SERVER, a_question
-from webhook.core.compile import Policies
+from webhook.core.compile import Compiled, Policies
 from webhook.errors import BadPolicy
-from webhook.shell.opa import Opa, files
+from webhook.shell import opa as opa_module
+from webhook.shell.opa import Opa, Remembering, compiled, files
 
 PROFILE = profile.Profile(server=SERVER)
 ALLOW = "package mcp.authz\ndefault allow = false\n"
@@ -232,6 +233,30 @@ async def test_a_run_ends_at_its_deadline(tmp_path: Path) -> None:
 
     with pytest.raises(BadPolicy, match=r"opa capabilities took longer than 0\.2 s"):
         await Opa(program, deadline_s=0.2).compile(rego(ALLOW))
+
+
+async def test_a_policy_is_compiled_once_for_all_workloads(opa: Opa, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again only when it has changed; the oldest are forgotten."""
+    monkeypatch.setattr(opa_module, "MAX_REMEMBERED", 2)
+    asked: list[Policies] = []
+
+    async def counted(policies: Policies, program: Opa) -> list[Compiled]:
+        asked.append(policies)
+        return await compiled(policies, program)
+
+    monkeypatch.setattr(opa_module, "compiled", counted)
+    remembering = Remembering(opa)
+    first, second, third = (
+        Policies(cedar={"p.cedar": f'permit (principal, action, resource == Tool::"s/{n}");'}) for n in range(3)
+    )
+    made = [await remembering.files([each], PROFILE) for each in (first, first, second, first, third, second)]
+
+    assert asked == [first, second, third, second]
+    assert made[0] == made[1] == await files([first], PROFILE, opa)
+    with pytest.raises(BadPolicy):
+        await remembering.files([Policies(cedar={"p.cedar": "permit"})], PROFILE)
+    with pytest.raises(BadPolicy):
+        await remembering.files([Policies(cedar={"p.cedar": "permit"})], PROFILE)
 
 
 async def test_the_committed_example_is_what_its_policies_make(opa: Opa) -> None:
