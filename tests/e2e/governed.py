@@ -186,12 +186,12 @@ class Governed:
         return alive[0]
 
     def audit(self, name: str) -> list[dict[str, Any]]:
-        """The audit records of a server's sidecar."""
+        """The audit records of a server's sidecar, one of each message."""
         text = self.cluster.kubectl(
             "--namespace", "demo", "logs", self.pod(name)["metadata"]["name"], "--container=sidegate"
         )
         lines = (json.loads(line) for line in text.splitlines() if line.startswith("{"))
-        return [line for line in lines if str(line.get("schema", "")).startswith("sidegate.audit/")]
+        return [line for line in lines if line.get("phase") == "end"]
 
     def spans(self) -> list[dict[str, Any]]:
         """Every span that the collector has received."""

@@ -112,12 +112,13 @@ class Place:
         return self.written.stat().st_size if self.written.exists() else 0
 
     def lines(self, start_bytes: int = 0) -> list[dict[str, Any]]:
-        """What is written so far, from *start_bytes* on; an unfinished line is not."""
+        """What is written so far, from *start_bytes* on; an unfinished line is not, nor a call that is only begun."""
         if not self.written.exists():
             return []
         with self.written.open("rb") as file:
             file.seek(start_bytes)
-            return [json.loads(line) for line in file if line.endswith(b"\n")]
+            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
+        return [line for line in lines if line.get("phase") != "begin"]
 
 
 @asynccontextmanager

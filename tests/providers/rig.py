@@ -136,7 +136,7 @@ class Sidecar:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The audit records so far, without the links of their chain."""
-        return (each for each in map(json.loads, self.audit.read_text().splitlines()) if "decision" in each)
+        return (each for each in map(json.loads, self.audit.read_text().splitlines()) if each.get("phase") == "end")
 
     async def last_record(self, method: str) -> dict[str, Any]:
         """The last record of a message *method*, once it is written."""

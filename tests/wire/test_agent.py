@@ -104,7 +104,7 @@ async def test_an_unmodified_agents_call_is_governed_at_both_ends(
     called = [each for each in path.exchanges if each.message and each.message.method == "tools/call"]
     assert {str(each.principal and each.principal.workload) for each in called} == {str(AGENT)}
     records = [json.loads(line) for line in audit.read_text().splitlines()]
-    out = [each for each in records if each.get("direction") == "outbound"]
+    out = [each for each in records if each.get("direction") == "outbound" and each["phase"] == "end"]
     assert {each["destination"]["workload"] for each in out} == {str(SERVER)}
     assert {each["who"]["workload"] for each in out} == {str(AGENT)}
     assert {each["message"]["tool"] for each in out if each["message"]["method"] == "tools/call"} == {

@@ -66,8 +66,9 @@ class Bench:
             return response.status, json.loads(text) if text else None
 
     def audited(self) -> list[dict[str, Any]]:
-        """Return the records so far."""
-        return [json.loads(line) for line in self.audit_file.read_text().splitlines()]
+        """Return the records so far, one of each message."""
+        lines = map(json.loads, self.audit_file.read_text().splitlines())
+        return [line for line in lines if line.get("phase") == "end"]
 
     async def metric(self, sample: str) -> float:
         """Return the sum of all samples whose name and labels begin like *sample*."""

@@ -176,7 +176,7 @@ class _Calls:
 
     async def _check_records(self) -> None:
         lines = [json.loads(line) for line in self._audit.read_text().splitlines()]
-        records = [each for each in lines if each["schema"] == SCHEMA]
+        records = [each for each in lines if each["schema"] == SCHEMA and each["phase"] == "end"]
         calls = [record for record in records if (record["message"] or {}).get("method") == "tools/call"]
         denied = [record for record in calls if record["decision"]["outcome"] == "refused"]
         _say("audited", f"{len(records)} records, {len(calls)} of them tool calls, {len(denied)} refused; one of them:")
