@@ -112,7 +112,13 @@ DECISION: Final = Instrument(
 )  # fmt: skip
 REFUSALS: Final = _count("refusals", "{message}", "Messages refused.", "reason")
 DENIALS: Final = _count("denials", "{message}", "Messages that policy refused, by what decided: a rule, or `no rule allows it`.", "rule")  # fmt: skip # noqa: E501
-CALLS: Final = _count("calls", "{message}", "Requests judged, by who called what and what was decided.", "workload", "gen_ai.tool.name", "decision")  # fmt: skip # noqa: E501
+CALLS: Final = _count("calls", "{message}", "Requests judged, by who called what and what was decided.", "caller", "gen_ai.tool.name", "decision")  # fmt: skip # noqa: E501
+SPEND: Final = _count("limit.spend", "{unit}", "Units that admitted messages cost under a limit, by who called what.", "limit", "caller", "gen_ai.tool.name")  # fmt: skip # noqa: E501
+LIMITED: Final = _count("limit.refusals", "{message}", "Messages that a limit refused.", "limit")
+OVER: Final = _count("limit.over", "{message}", "Messages that a limit in shadow mode would have refused.", "limit")
+WARNINGS: Final = _count("limit.warnings", "{message}", "Messages that crossed a step of a quota, by the step in per cent.", "limit", "percent")  # fmt: skip # noqa: E501
+FALLBACKS: Final = _count("limit.fallbacks", "{message}", "Messages that were judged without the store of global limits.", "limit")  # fmt: skip # noqa: E501
+STORE_UNANSWERED: Final = _count("limit.store_unanswered", "{message}", "Messages to which that store gave no answer in time.")  # fmt: skip # noqa: E501
 HANDSHAKES: Final = _count("handshake_refusals", "{handshake}", "TLS handshakes refused.", "reason")
 HIDDEN: Final = _count("hidden_items", "{item}", "List items hidden from callers.")
 DIFFERENCES: Final = _count("shadow_differences", "{message}", "Messages that a policy in shadow mode would have decided otherwise.", "policy", "allowed")  # fmt: skip # noqa: E501
@@ -128,7 +134,7 @@ DROPPED: Final = _count("telemetry_dropped", "{item}", "Spans, metrics and log r
 QUESTIONS: Final = _count("provider_questions", "{question}", "Questions to identity providers.", "provider", "question", "outcome")  # fmt: skip # noqa: E501
 
 INSTRUMENTS: Final[tuple[Instrument, ...]] = (
-    SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT,
+    SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, SPEND, LIMITED, OVER, WARNINGS, FALLBACKS, STORE_UNANSWERED, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT,
     IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, SVID_EXPIRY, AUDIT_FAILURES, AUDIT_LOST, DROPPED, QUESTIONS,
 )  # fmt: skip
 

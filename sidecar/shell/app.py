@@ -10,7 +10,7 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +25,7 @@ from sidecar.core import conventions
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownToken, Unresolved
+from sidecar.core.limits import Counts
 from sidecar.core.otel import Otel
 from sidecar.core.store import read_address
 from sidecar.errors import ConfigError, Reason, Refusal
@@ -329,7 +330,23 @@ class App:
             (conventions.AUDIT_FAILURES, lambda: self._audit.failures),
             (conventions.AUDIT_LOST, lambda: self._audit.lost),
             (conventions.QUESTIONS, lambda: self._oauth.asked),
+            (conventions.LIMITED, lambda: self._of_limits(lambda counts: counts.refused)),
+            (conventions.OVER, lambda: self._of_limits(lambda counts: counts.over)),
+            (conventions.FALLBACKS, lambda: self._of_limits(lambda counts: counts.fallback)),
+            (conventions.WARNINGS, self._limit_warnings),
+            (conventions.STORE_UNANSWERED, lambda: None if self._store is None else self._store.unanswered),
         )
+
+    def _of_limits(self, read: Callable[[Counts], int]) -> Reading:
+        return {(name,): read(rule.counts) for name, rule in self._serving.memory.ledger.rules.items()}
+
+    def _limit_warnings(self) -> Reading:
+        rules = self._serving.memory.ledger.rules
+        return {
+            (name, str(percent)): count
+            for name, rule in rules.items()
+            for percent, count in rule.counts.warnings.items()
+        }
 
     def _revision(self) -> Reading | None:
         snapshot = self._serving.snapshot

@@ -24,6 +24,7 @@ from sidecar.core.conventions import (
     HIDDEN,
     REFUSALS,
     SERVER_OPERATION,
+    SPEND,
     Instrument,
 )
 from sidecar.core.message import Ask, Message, Shape, Tool
@@ -36,7 +37,7 @@ from sidecar.shell.otlp import Exporter
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 MAX_TOOLS: Final = 200  # series of each further tool are counted under "other"
-MAX_WORKLOADS: Final = 50  # calling service accounts; the same
+MAX_CALLERS: Final = 50  # calling service accounts; the same
 MAX_RULES: Final = 200  # a bundle's; the same
 MAX_SERIES: Final = 1000  # of an instrument; a histogram's have 17 lines each, written in about 10 ms
 OTHER: Final = "other"
@@ -111,6 +112,7 @@ class Metrics:
         self._outbound: dict[Labels, Histogram] = {}
         self._decisions = Histogram(DECISION.buckets)
         self._calls: dict[Labels, int] = {}
+        self._spend: dict[Labels, int] = {}
         self._refusals = dict.fromkeys(Reason, 0)
         self._denials: dict[Labels, int] = {}
         self._handshakes = dict.fromkeys(PeerReason, 0)
@@ -118,7 +120,7 @@ class Metrics:
         self._differences: Counter[Labels] = Counter()
         self._content: Counter[Labels] = Counter()
         self._tools: set[str] = set()
-        self._workloads: dict[Any, str] = {None: ""}
+        self._callers: dict[Any, str] = {None: ""}
         self._watched: list[tuple[Instrument, Callable[[], Reading | float | None]]] = []
 
     def observe(self, exchange: Exchange) -> None:
@@ -146,10 +148,14 @@ class Metrics:
         was_sent = exchange.was_sent
         tool = "" if not isinstance(target, Tool) else self._tool(target.name, failed=bool(error) or not was_sent)
         if shape is Shape.REQUEST:
-            principal = exchange.principal
-            workload = self._workload(None if principal is None else principal.workload)
-            key = (workload, tool, "allowed" if was_sent else "refused")
+            principal, admission = exchange.principal, exchange.admission
+            caller = self._caller(None if principal is None else principal.workload)
+            key = (caller, tool, "allowed" if was_sent else "refused")
             self._calls[key] = self._calls.get(key, 0) + 1  # bounded by those before
+            if admission is not None and admission.charges:
+                for charge in admission.charges:
+                    spent = (charge.name, caller, tool)
+                    self._spend[spent] = self._spend.get(spent, 0) + charge.cost
         if was_sent:
             self._series(exchange, message, tool, error).observe(exchange.total_s, named)
 
@@ -191,6 +197,7 @@ class Metrics:
         yield CLIENT_OPERATION, self._outbound
         yield DECISION, {(): self._decisions}
         yield CALLS, self._calls
+        yield SPEND, self._spend
         yield REFUSALS, {(reason,): count for reason, count in self._refusals.items()}
         yield DENIALS, self._denials
         yield HANDSHAKES, {(reason,): count for reason, count in self._handshakes.items()}
@@ -230,12 +237,12 @@ class Metrics:
         self._tools.add(name)
         return name
 
-    def _workload(self, workload: object) -> str:
-        held = self._workloads.get(workload)
+    def _caller(self, workload: object) -> str:
+        held = self._callers.get(workload)
         if held is None:
-            if len(self._workloads) > MAX_WORKLOADS:
+            if len(self._callers) > MAX_CALLERS:
                 return OTHER
-            held = self._workloads[workload] = str(workload)
+            held = self._callers[workload] = str(workload)
         return held
 
 

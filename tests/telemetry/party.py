@@ -61,7 +61,7 @@ async def serve() -> None:
         program = uvicorn.Server(config)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(program.serve(sockets=[sock]))
-            print(sock.getsockname()[1], flush=True)
+            print(sock.getsockname()[1], flush=True)  # noqa: T201 - a program
             await asyncio.to_thread(sys.stdin.read)
             program.should_exit = True
             await running
@@ -70,7 +70,7 @@ async def serve() -> None:
 async def call(url: str, times: int) -> None:
     """Call, be denied, and go on; all of it in one trace, whose id is printed."""
     with trace.get_tracer("agent").start_as_current_span("turn") as turn:
-        print(f"{turn.get_span_context().trace_id:032x}", flush=True)
+        print(f"{turn.get_span_context().trace_id:032x}", flush=True)  # noqa: T201 - a program
         async with Client(url) as client:
             await client.list_tools()
             for number in range(times):

@@ -17,10 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from certs.errors import PeerReason
 from sidecar.core.authorise import Difference
 from sidecar.core.conventions import BUNDLE_AGE, BUNDLE_INFO, INSTRUMENTS, OPERATION_BUCKETS_S, QUESTIONS
+from sidecar.core.limits import Admission, Charge, Rule
 from sidecar.core.message import Message, Shape, Tool
 from sidecar.core.otel import read
+from sidecar.core.profile import Limit
 from sidecar.errors import Reason, Refusal
-from sidecar.shell.metrics import MAX_RULES, MAX_TOOLS, MAX_WORKLOADS, OTHER, Histogram, Metrics, Publisher
+from sidecar.shell.metrics import MAX_RULES, MAX_TOOLS, MAX_CALLERS, OTHER, Histogram, Metrics, Publisher
 from sidecar.shell.otlp import Exporter
 from tests.sidecar.exchanges import AGENT, a_call, a_refused_exchange, an_exchange, an_unreadable_exchange
 from tests.sidecar.receivers import HttpReceiver
@@ -147,11 +149,24 @@ def test_calls_are_counted_by_who_and_what_and_how() -> None:
     calls = {
         dict(labels)["decision"]: value
         for (name, labels), value in _samples(text).items()
-        if name == "sidegate_calls_total" and dict(labels)["workload"] == workload
+        if name == "sidegate_calls_total" and dict(labels)["caller"] == workload
     }
 
     assert calls == {"allowed": 1, "refused": 1}
     assert "alice" not in text
+
+
+def test_spend_is_counted_by_limit_caller_and_tool() -> None:
+    """In the limit's own units; who the user was, the audit trail says."""
+    metrics = Metrics()
+    permit = an_exchange().permit
+    assert permit is not None
+    charge = Charge(Rule(Limit(name="month", rate_per_s=1, burst=10), 10), "", 4, None)
+    for _ in range(3):
+        metrics.observe(an_exchange(a_call("query"), admission=Admission(permit=permit, charges=(charge,))))
+    labels = (("caller", str(AGENT)), ("gen_ai_tool_name", "query"), ("limit", "month"))
+
+    assert _samples(metrics.render())["sidegate_limit_spend_total", labels] == 12
 
 
 def test_denials_are_counted_by_rule() -> None:
@@ -168,19 +183,19 @@ def test_denials_are_counted_by_rule() -> None:
 def test_callers_beyond_the_bound_share_a_series() -> None:
     """However many service accounts call."""
     metrics = Metrics()
-    for number in range(MAX_WORKLOADS + 7):
+    for number in range(MAX_CALLERS + 7):
         exchange = an_exchange()
         assert exchange.principal is not None
         workload = type(AGENT).parse(f"spiffe://a.test/ns/agents/sa/agent-{number}")
         metrics.observe(replace(exchange, principal=replace(exchange.principal, workload=workload)))
     calls = {
-        dict(labels)["workload"]: value
+        dict(labels)["caller"]: value
         for (name, labels), value in _samples(metrics.render()).items()
         if name == "sidegate_calls_total"
     }
 
     assert calls[OTHER] == 7
-    assert len(calls) == MAX_WORKLOADS + 1
+    assert len(calls) == MAX_CALLERS + 1
 
 
 def test_openmetrics_names_a_call_in_each_bucket() -> None:
