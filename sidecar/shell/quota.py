@@ -113,7 +113,7 @@ class Store:
         backoff_s = 0.0
         while True:
             await asyncio.sleep(backoff_s)
-            client = self._client()
+            client, *others = self._clients()
             try:
                 async with asyncio.timeout(self._timeout_s if self.is_up else CONNECT_S):
                     await _load(client)
@@ -130,9 +130,10 @@ class Store:
                 self._lost(error)
                 backoff_s = self._longer(backoff_s)
             finally:
-                with suppress(RedisError, OSError, TimeoutError):
-                    async with asyncio.timeout(CONNECT_S):
-                        await client.aclose()
+                for each in (client, *others):
+                    with suppress(RedisError, OSError, TimeoutError):
+                        async with asyncio.timeout(CONNECT_S):
+                            await each.aclose()
 
     async def _serve(self, client: Any) -> None:
         """Send what there is to send, until that fails."""
@@ -150,8 +151,8 @@ class Store:
                 self._work.clear()
                 while self._waiting or self._owed:
                     patience.reschedule(loop.time() + self._timeout_s)
+                    await self._change(client)  # first: what has ended makes room for what is asked
                     await self._ask(client)
-                    await self._change(client)
                 patience.reschedule(None)
 
     async def _ask(self, client: Any) -> None:
@@ -205,12 +206,15 @@ class Store:
         # Not all replicas at once.
         return min(MAX_BACKOFF_S, max(FIRST_BACKOFF_S, 2 * backoff_s)) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
-    def _client(self) -> Any:
+    def _clients(self) -> list[Any]:
+        """Return the client to ask, and those that it asks itself."""
         address, login = self._address, self._login
         once: dict[str, Any] = {
             "username": login.user or None,
             "password": login.password or None,
             "retry": Retry(NoBackoff(), 0),
+            # Our own bound holds; the client's would swallow cancellations (asyncio.wait_for before Python 3.12).
+            "socket_timeout": None,
             "socket_connect_timeout": CONNECT_S,
             "driver_info": None,
         }
@@ -219,15 +223,15 @@ class Store:
         match address.kind:
             case "cluster":
                 nodes = [ClusterNode(host, port) for host, port in address.nodes]
-                return RedisCluster(startup_nodes=nodes, cluster_error_retry_attempts=1, **once)
+                return [RedisCluster(startup_nodes=nodes, **once)]
             case "sentinel":
                 tls = {key: value for key, value in once.items() if key.startswith("ssl")}
                 known = {"socket_connect_timeout": CONNECT_S, **tls}
                 sentinel: Any = Sentinel(list(address.nodes), sentinel_kwargs=known)  # type: ignore[no-untyped-call]
-                return sentinel.master_for(address.master, db=address.database, **once)
+                return [sentinel.master_for(address.master, db=address.database, **once), *sentinel.sentinels]
             case _:
                 host, port = address.nodes[0]
-                return Redis(host=host, port=port, db=address.database, single_connection_client=True, **once)
+                return [Redis(host=host, port=port, db=address.database, single_connection_client=True, **once)]
 
 
 async def _load(client: Any) -> None:
