@@ -83,17 +83,18 @@ def selecting(labels: Mapping[str, str], namespace: str, held: Iterable[tuple[So
 
 
 def tally(
-    pods: Mapping[PodKey, tuple[Source, ...]],
+    pods: Iterable[tuple[PodKey, tuple[Source, ...]]],
     states: Mapping[PodKey, PodState],
     reports: Mapping[PodKey, Report],
     others: frozenset[PodKey] = frozenset(),
+    tallies: dict[Source, Tally] | None = None,
 ) -> dict[Source, Tally]:
     """Return for each resource its pods: *pods* by what selects them, *states* of those that were compiled for.
 
-    The pods of *others*, another installation's, count only if they report to us.
+    The pods of *others*, another installation's, count only if they report to us. Adds to *tallies*, if given.
     """
-    tallies: dict[Source, Tally] = {}
-    for pod, sources in pods.items():
+    tallies = {} if tallies is None else tallies
+    for pod, sources in pods:
         state, report = states.get(pod), reports.get(pod)
         if report is None and pod in others:
             continue

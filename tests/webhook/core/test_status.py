@@ -45,7 +45,7 @@ def report(revision: str, error: str = "") -> Report:
 def count(reports: dict[PodKey, Report], *states: PodState | None) -> Tally:
     """Return the tally of POLICY over two pods."""
     known = {pod: state for pod, state in zip((ONE, TWO), states, strict=True) if state}
-    return tally(dict.fromkeys((ONE, TWO), (POLICY,)), known, reports)[POLICY]
+    return tally(((ONE, (POLICY,)), (TWO, (POLICY,))), known, reports)[POLICY]
 
 
 def said(found: Tally, problem: str | None = None, source: Source = POLICY) -> dict[str, tuple[str, str, str]]:
@@ -83,11 +83,25 @@ def test_a_pod_counts_when_its_sidecar_says_the_revision_that_was_made_for_it() 
 
 def test_pods_of_another_installation_are_not_counted() -> None:
     """They report to their own, unless they do to us."""
-    pods, states = dict.fromkeys((ONE, TWO), (POLICY,)), dict.fromkeys((ONE, TWO), PodState((POLICY,), "r"))
+    pods = ((ONE, (POLICY,)), (TWO, (POLICY,)))
+    states = dict.fromkeys((ONE, TWO), PodState((POLICY,), "r"))
     others = frozenset((ONE, TWO))
 
     assert tally(pods, states, {}, others) == {}
     assert counted(tally(pods, states, {ONE: report("r")}, others)[POLICY]) == "1/1"
+
+
+def test_counting_in_parts_makes_the_same_sum() -> None:
+    """The loop serves others in between."""
+    pods = ((ONE, (POLICY,)), (TWO, (POLICY,)))
+    states = dict.fromkeys((ONE, TWO), PodState((POLICY,), "r"))
+    reports = {ONE: report("r"), TWO: report("r")}
+    parts: dict[Source, Tally] = {}
+    for each in pods:
+        tally([each], states, reports, tallies=parts)
+
+    assert parts == tally(pods, states, reports)
+    assert counted(parts[POLICY]) == "2/2"
 
 
 def test_all_pods_enforce_it() -> None:
@@ -186,7 +200,7 @@ def test_a_profile_is_blamed_for_what_it_says_and_not_for_policies() -> None:
     blameless = PodState((PROFILE,), "", "article.rego:1:1: no")
 
     def outcome(state: PodState) -> dict[str, tuple[str, str, str]]:
-        return said(tally({ONE: (PROFILE,)}, {ONE: state}, {})[PROFILE], source=PROFILE)
+        return said(tally([(ONE, (PROFILE,))], {ONE: state}, {})[PROFILE], source=PROFILE)
 
     assert outcome(blamed)["Compiled"] == ("False", "DoesNotCompile", "IdentityProvider corp: no such provider")
     assert outcome(blameless)["Compiled"][0] == "True"
@@ -195,7 +209,7 @@ def test_a_profile_is_blamed_for_what_it_says_and_not_for_policies() -> None:
 def test_a_profile_learns_what_was_overruled() -> None:
     """The cluster's stricter value holds, and its author is told."""
     state = PodState((PROFILE,), "r", notes=("spec.identity.mtls: permissive is looser than the cluster's strict",))
-    found = tally({ONE: (PROFILE, PROFILE)}, {ONE: state}, {ONE: report("r")})[PROFILE]
+    found = tally([(ONE, (PROFILE, PROFILE))], {ONE: state}, {ONE: report("r")})[PROFILE]
 
     assert counted(found) == "1/1"
     assert said(found, source=PROFILE)["Accepted"][2] == (
