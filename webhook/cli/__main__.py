@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from certs.errors import CertsError
 from sidecar.errors import BundleError, ConfigError
-from webhook.cli import audit, check, demo, inject, policy, run, status
+from webhook.cli import audit, check, demo, inject, keys, policy, run, status
 from webhook.errors import WebhookError
 
-VERBS = (run, policy, inject, audit, status, check, demo)
+VERBS = (run, policy, inject, audit, status, check, keys, demo)
 TOLD = (ConfigError, BundleError, CertsError, WebhookError, OSError)  # somebody else's to mend; the rest is a defect
 
 
