@@ -140,6 +140,12 @@ async def compiled(policies: compiler.Policies, opa: Opa) -> list[compiler.Compi
     return found
 
 
+async def check(policies: compiler.Policies, opa: Opa) -> list[Finding]:
+    """Return what is wrong with policies that compile: errors do not do what they say. Raises BadPolicy."""
+    found = await opa.check(policies) if policies.rego else []
+    return [*found, *(await cedar.check(policies) if policies.cedar else ())]
+
+
 class Remembering:
     """`files`, with what was compiled remembered: one policy may select a thousand workloads."""
 
