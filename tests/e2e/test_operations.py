@@ -135,13 +135,19 @@ def test_a_second_version_takes_the_namespaces_that_are_labelled_for_it(operated
                  "--timeout", "3m", *settings)  # fmt: skip
     try:
         _upgrade(operated, "--set", "canaries={next}")
-        assert _revision(operated, "tried") == "next"
-        assert _revision(operated, "demo") == "default"
+        _wait_for_revision(operated, "tried", "next")
+        _wait_for_revision(operated, "demo", "default")
     finally:
         cluster.helm("uninstall", "sidegate-next", "--namespace", "sidegate-next", "--wait")
         _upgrade(operated, "--set", "canaries=null")
-    assert _revision(operated, "tried") == "default"
+    _wait_for_revision(operated, "tried", "default")
     cluster.kubectl("delete", "namespace", "tried", "sidegate-next", "--wait=false")
+
+
+def _wait_for_revision(governed: Governed, namespace: str, revision: str) -> None:
+    """The API server reads changed webhook configurations with some delay."""
+    claim = f"pods of {namespace} get revision {revision}"
+    governed.cluster.wait_until(claim, lambda: _revision(governed, namespace) == revision, timeout_s=15)
 
 
 def _revision(governed: Governed, namespace: str) -> str:
@@ -193,7 +199,7 @@ def test_an_uninstall_blocks_nothing_and_leaves_what_it_says(operated: Governed)
     user_resources = cluster.get("mcppolicies", "--all-namespaces")["items"]
     cluster.helm("uninstall", "sidegate", *SYSTEM, "--wait", "--timeout", "3m")
     try:
-        assert _revision(operated, "demo") == "None"
+        _wait_for_revision(operated, "demo", "None")
         left = cluster.kubectl(
             "get", ",".join(CLUSTER_WIDE), "--selector=app.kubernetes.io/name=sidegate", "--output=name"
         ).split()
@@ -205,7 +211,7 @@ def test_an_uninstall_blocks_nothing_and_leaves_what_it_says(operated: Governed)
         assert len(cluster.get("mcppolicies", "--all-namespaces")["items"]) == len(user_resources)
     finally:
         cluster.helm("install", "sidegate", CHART, *SYSTEM, "--wait", "--timeout", "3m", *operated.values(), *SETTINGS)
-    assert _revision(operated, "demo") == "default"
+    _wait_for_revision(operated, "demo", "default")
     broken = _server("demo")
     broken["metadata"]["annotations"] = {"sidegate.dev/port": "eighty"}
     with pytest.raises(CommandError, match=r"sidegate\.dev/port"):

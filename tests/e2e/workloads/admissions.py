@@ -30,14 +30,14 @@ async def main(kubeconfig: str, namespace: str, rate: float, seconds: float) -> 
         try:
             made = await kube.create(f"/api/v1/namespaces/{namespace}/pods", POD, dry_run=True)
         except KubeError as error:
-            failures.append(str(error))
+            failures.append(f"begun at {begun - start:.1f} s: {error}")
             return
         taken_s.append(time.monotonic() - begun)
         not_injected += not any(each["name"] == "sidegate" for each in made["spec"].get("initContainers") or ())
 
     kube = await Kube.open(kubeconfig)
+    start = time.monotonic()
     async with contextlib.aclosing(kube), asyncio.TaskGroup() as tasks:
-        start = time.monotonic()
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, start + number / rate - time.monotonic()))
             tasks.create_task(create(kube))
