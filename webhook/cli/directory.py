@@ -27,7 +27,7 @@ class Directory:
 
     path: Path
     policies: Policies
-    profile: Profile
+    profile: Profile | None = None  # None: there was none
     cases: Mapping[str, tuple[Case, ...]] = field(default_factory=dict)  # by file
     rego_tests: Mapping[str, str] = field(default_factory=dict)
 
@@ -47,11 +47,11 @@ def read(path: Path, *, vocabulary: str = "sidegate") -> Directory:
         vocabulary="toolhive" if vocabulary == "toolhive" else "sidegate",
     )
     if not policies.cedar and not policies.rego:
-        raise ConfigError(f"{path}: holds no .cedar and no .rego file\nhint: tests alone decide nothing")
+        raise ConfigError(f"{path}: holds no .cedar and no .rego file\nhint: without a rule nothing is allowed")
     return Directory(
         path=path,
         policies=policies,
-        profile=decode_profile(found[PROFILE].read_bytes()) if PROFILE in found else Profile(server=EXAMPLE),
+        profile=decode_profile(found[PROFILE].read_bytes()) if PROFILE in found else None,
         cases={name: tuple(read_cases(name, text)) for name, text in texts.items() if name.endswith("_test.toml")},
         rego_tests=tests,
     )
@@ -76,10 +76,15 @@ def _data(path: Path | None) -> dict[str, Any]:
     return data
 
 
-def bundle_of(directory: Directory, opa: Opa) -> Bundle:
-    """Return the directory as a bundle, compiled here; raises BadPolicy."""
-    content = asyncio.run(files([directory.policies], directory.profile, opa))
+async def compiled(directory: Directory, opa: Opa, profile: Profile | None = None) -> Bundle:
+    """Return the directory as a bundle with *profile*, by default its own; raises BadPolicy."""
+    content = await files([directory.policies], profile or directory.profile or Profile(server=EXAMPLE), opa)
     return Bundle(revision=revision(content), files=content, profile=decode_profile(content[PROFILE]))
+
+
+def bundle_of(directory: Directory, opa: Opa) -> Bundle:
+    """Return the directory as a bundle, compiled here and now; raises BadPolicy."""
+    return asyncio.run(compiled(directory, opa))
 
 
 def engines_of(directory: Directory, opa: Opa) -> tuple[Engine, ...]:

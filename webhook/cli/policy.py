@@ -235,7 +235,11 @@ def _replay(options: argparse.Namespace) -> int:
         each.reads is None or any(_meets(path, "/user/claims") for path in each.reads)
         for each in bundle.profile.policies
     ):
-        print("note: an audit trail holds no claims; rules that read them see none", file=sys.stderr)
+        print(
+            "note: an audit trail holds no claims, and rules that read them see none: their verdicts below may be wrong"
+            "\nhint: map what rules need to role, roles or groups (IdentityProvider, spec.claims); those are on record",
+            file=sys.stderr,
+        )
     same, changed, skipped = 0, 0, dict[str, int]()
     for number, record in _progress(_records(options.audit)):
         asked = of_record(record)

@@ -8,7 +8,6 @@ import asyncio
 import ipaddress
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,14 +19,14 @@ from certs.errors import WorkloadApiError
 from certs.spiffe import SpiffePattern
 from certs.workload import socket_path
 from sidecar.config import STDIO_PORT, Capture, LogLevel, Settings
-from sidecar.core.bundle import PROFILE, Bundle, decode, public_keys, revision
+from sidecar.core.bundle import Bundle, decode, public_keys
 from sidecar.core.profile import Identity, Limit, Profile, Provider, Server
 from sidecar.core.profile import decode as decode_profile
 from sidecar.core.profile import encode as encode_profile
 from sidecar.errors import ConfigError
 from sidecar.shell.app import App
-from webhook.core.compile import Policies
-from webhook.shell.opa import Opa, files
+from webhook.cli import directory
+from webhook.shell.opa import Opa
 
 DEFAULT_LISTEN: Final = "127.0.0.1:8080"
 EXAMPLE: Final = "example: sidegate run --upstream http://127.0.0.1:8000/mcp --policy policies/ --issuer https://id.corp.example --audience http://127.0.0.1:8080/mcp"  # fmt: skip # noqa: E501
@@ -104,18 +103,8 @@ async def _bundle(options: argparse.Namespace, upstream: Endpoint) -> Bundle:
         return Bundle(revision=signed.revision, files=signed.files, profile=profile)
     if not path.is_dir():
         raise ConfigError(f"--policy {path}: expected a directory or a bundle file")
-    profile_file = path / PROFILE
-    base = decode_profile(profile_file.read_bytes()) if profile_file.exists() else None
-    rego = {name: text for name, text in _texts(path, "*.rego").items() if not name.endswith("_test.rego")}
-    policies = Policies(cedar=_texts(path, "*.cedar"), rego=rego)
-    if not policies.cedar and not policies.rego:
-        raise ConfigError(f"--policy {path}: holds no .cedar and no .rego file, so nothing would be allowed")
-    content = await files([policies], _profile(options, upstream, base), Opa(options.opa))
-    return Bundle(revision=revision(content), files=content, profile=decode_profile(content[PROFILE]))
-
-
-def _texts(directory: Path, pattern: str) -> Mapping[str, str]:
-    return {path.name: _text(path) for path in sorted(directory.glob(pattern))}
+    found = directory.read(path)
+    return await directory.compiled(found, Opa(options.opa), _profile(options, upstream, found.profile))
 
 
 def _text(path: Path) -> str:

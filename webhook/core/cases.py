@@ -129,6 +129,9 @@ def _user(human: Human | None) -> User | None:
 
 def of_record(record: Mapping[str, Any]) -> Asked | str:
     """Return what was asked in an audit record, or why that cannot be known any more."""
+    decision = record.get("decision") or {}
+    if any(each.get("action") == "deny" and each.get("mode") == "enforce" for each in decision.get("content") or ()):
+        return "a content rule decided"
     message, who, server = record.get("message") or {}, record.get("who") or {}, record.get("server") or {}
     targets = {each: message.get(each) for each in ("tool", "prompt", "resource") if message.get(each) is not None}
     if message.get("method") not in METHODS.values() or len(targets) != 1:

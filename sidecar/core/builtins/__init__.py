@@ -33,6 +33,7 @@ _FAMILIES: Final[Mapping[str, str]] = {
     "strings": """
         glob.quote_meta indexof_n strings.any_prefix_match strings.any_suffix_match strings.count strings.split_n
         """,
+    "uris": "uri.parse uri.is_valid",
 }
 _FAMILY_OF: Final = {name: family for family, names in _FAMILIES.items() for name in names.split()}
 

@@ -1,5 +1,6 @@
 """`sidegate policy …` as a user meets it, wrong input included: what it prints, where, and its exit status."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -394,3 +395,84 @@ def test_a_key_of_another_curve_is_refused(run: Run, write: Callable[..., Path])
         "hint: openssl ecparam -name prime256v1"
         in run("bundle", where, "--key", where / "k.pem", "--output", where / "b")[2]
     )
+
+
+def test_a_bundle_that_is_not_what_it_was_is_refused(run: Run, write: Callable[..., Path]) -> None:
+    """Changed, signed by somebody else, or no bundle at all: by verify, and before it is signed again."""
+    where = write(a__cedar=PERMIT, nonsense__gz="x")
+    private, public = keys(where, "ours")
+    other, strange = keys(where, "other")
+    bundle, changed = where / "b.tar.gz", where / "changed.tar.gz"
+    assert run("bundle", where, "--key", private, "--output", bundle)[0] == 0
+    changed.write_bytes(gzip.compress(gzip.decompress(bundle.read_bytes()).replace(b"permit", b"PERMIT")))
+
+    for path, key, said in (
+        (bundle, strange, "signature"),
+        (changed, public, "a.cedar"),
+        (where / "nonsense.gz", public, "bundle: truncated"),
+        (where / "missing.gz", public, "missing.gz"),
+        (bundle, where / "missing.pem", "missing.pem"),
+        (bundle, where / "a.cedar", "PEM"),
+    ):
+        status, out, err = run("verify", path, "--key", key)
+        assert (status, out) == (1, ""), path
+        assert err.startswith("sidegate: error: ")
+        assert said in err
+    status, _, err = run("sign", bundle, "--trusted", strange, "--key", other, "--output", where / "again.tar.gz")
+    assert (status, (where / "again.tar.gz").exists()) == (1, False)
+    assert "signature" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: ACTION"),
+        (["prove"], "invalid choice: 'prove'"),
+        (["check"], "the following arguments are required: DIR"),
+        (["replay", "x"], "the following arguments are required: DIR"),
+        (["explain", "x", "--args"], "expected one argument"),
+        (["bundle", "x"], "the following arguments are required: --key, --output"),
+        (["sign", "x"], "the following arguments are required: --trusted, --key, --output"),
+        (["verify", "x"], "the following arguments are required: --key"),
+        (["test", "x", "--vocabulary", "other"], "invalid choice: 'other'"),
+    ],
+)
+def test_misuse_is_told_with_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    """Exit status 2, nothing on standard output."""
+    with pytest.raises(SystemExit) as ended:
+        main(["policy", *arguments])
+    told = capsys.readouterr()
+
+    assert (ended.value.code, told.out) == (2, "")
+    assert told.err.startswith("usage: ")
+    assert said in told.err
+
+
+def test_a_replay_leaves_out_what_no_policy_decided(run: Run, write: Callable[..., Path]) -> None:
+    """A call's first record, and what a content rule refused; where rules read claims, it says that there are none."""
+    content = [{"rule": "keys", "action": "deny", "mode": "enforce", "where": "arguments", "count": 1}]
+    where = write(
+        a__cedar="permit (principal, action, resource) when { context.claims has dept };",
+        audit__jsonl=record("read", phase="begin")
+        + record("read", "denied", decision={"reason": "denied", "content": content}),
+    )
+
+    status, out, err = run("replay", where / "audit.jsonl", where)
+
+    assert (status, out) == (
+        0,
+        "0 would change, 0 would not\n1 left out: a content rule decided\n",
+    )
+    assert err.startswith("note: an audit trail holds no claims")
+
+
+def test_a_content_rule_that_cannot_work_is_refused(run: Run, write: Callable[..., Path]) -> None:
+    """A profile beside the policies may hold some."""
+    server = {"namespace": "n", "workload": "w", "name": "s", "port": 1}
+    profile = {"server": server, "content": [{"name": "mine", "regex": "("}]}
+    where = write(a__cedar=PERMIT, sidegate__json=json.dumps(profile))
+
+    status, _, err = run("bundle", where, "--key", keys(where, "ours")[0], "--output", where / "b.tar.gz")
+
+    assert status == 1
+    assert "content rule mine: regex: missing )" in err
