@@ -16,6 +16,7 @@ from typing import Final, Self, TypeVar
 
 import aiohttp
 import msgspec
+import yaml
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.client.exceptions import ApiException
@@ -107,6 +108,8 @@ class Kube:
             return cls(ApiClient(configuration))
         except (config.ConfigException, OSError) as error:
             raise KubeError(0, f"no access to the Kubernetes API: {error}") from error
+        except (yaml.YAMLError, TypeError, AttributeError) as error:  # the library takes the file's shape for granted
+            raise KubeError(0, f"no access to the Kubernetes API: the kubeconfig cannot be read: {error}") from error
 
     async def aclose(self) -> None:
         """Close all connections."""
