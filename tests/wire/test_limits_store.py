@@ -162,14 +162,13 @@ async def test_a_store_that_does_not_answer_delays_nobody_for_long(redis: RedisS
             waits_s.append(loop.time() - began_s)
         redis.thaw()
         await eventually(lambda: store.is_up, what="the store again")
-        assert granted(await call(paths[0], 1)) == 1
-        charge = [each.admission.charges[0] for each in paths[0].exchanges if each.admission][-1]
+        while paths[0].exchanges[-1].admission.charges[0].is_fallback:  # type: ignore[union-attr]
+            assert granted(await call(paths[0], 1)) == 1
 
-    assert len(fake.heard) == 31
-    assert store.unanswered == 1
+    assert len(fake.heard) == len(paths[0].exchanges) >= 31
+    assert store.unanswered <= 2 + len(fake.heard) - 31  # a second call can come before the first one's wait is over
     assert waits_s[0] >= 0.19
     assert max(waits_s) < 0.2 + 1.0  # the bound, and what a busy machine adds
-    assert not charge.is_fallback
 
 
 async def test_a_store_that_was_restarted_is_asked_again(redis: RedisServer) -> None:
@@ -208,9 +207,11 @@ async def test_calls_at_a_time_are_counted_over_all_sidecars(redis: RedisServer)
     async with sidecars(redis.url, limit, timeout_s=5.0, script=slow) as (paths, _, fake):
         async with asyncio.TaskGroup() as tasks:
             calls = [tasks.create_task(call(path, 1)) for path in paths for _ in range(3)]
-            await eventually(lambda: sum(each.done() for each in calls) == 9, what="nine refusals")
-            assert len(fake.heard) == 3
-            may_answer.set()
+            try:
+                await eventually(lambda: sum(each.done() for each in calls) == 9, what="nine refusals")
+                await eventually(lambda: len(fake.heard) == 3, what="three calls")
+            finally:
+                may_answer.set()
         answers = [answer for each in calls for answer in each.result()]
         await eventually(lambda: not keys(redis), what="the end of what was under way")
         again = granted(await burst(paths[:3], connections=1, times=1))
