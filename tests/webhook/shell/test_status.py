@@ -1,5 +1,7 @@
 """What is written into the status of custom resources, and how often."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -24,13 +26,16 @@ PODS: tuple[PodKey, ...] = (("payments", "ledger-0"), ("payments", "ledger-1"))
 
 
 class FakePeers:
-    """Other replicas."""
+    """Other replicas; *error* is raised instead."""
 
     def __init__(self) -> None:
         self.answers: list[Mapping[PodKey, Report]] = []
+        self.error: KubeError | None = None
 
     async def ask(self, _session: aiohttp.ClientSession) -> list[Mapping[PodKey, Report]]:
         """Return what they heard."""
+        if self.error:
+            raise self.error
         return self.answers
 
 
@@ -266,3 +271,27 @@ async def test_an_unreadable_resource_says_why() -> None:
 
         assert plane.status()["Accepted"] == ("False", "Invalid")
         assert PROFILES.name == "MCPServerProfile"
+
+
+async def test_only_who_leads_writes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """And goes on after an error."""
+    monkeypatch.setattr(status, "PERIOD_S", 0.01)
+    monkeypatch.setattr(status, "PODS_PER_S", 1e9)
+    async with running() as plane:
+        leadership = plane.statuses._leadership
+        await plane.listed(a_policy())
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            writing = tasks.create_task(plane.statuses.run())
+            for _ in range(20):  # rounds of a follower
+                await asyncio.sleep(0)
+            assert plane.server.requests == []
+            plane.peers.error = KubeError(403, "endpointslices is forbidden")
+            leadership._until_s = time.monotonic() + 60
+            while "status not written" not in caplog.text:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            plane.peers.error = None
+            while not plane.server.patches:  # noqa: ASYNC110 - same
+                await asyncio.sleep(0.01)
+            writing.cancel()
+
+    assert plane.status()["distributed"] == "0/2"
