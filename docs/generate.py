@@ -23,6 +23,7 @@ from sidecar.core.revision import CAPABILITIES, VERSION, Revision
 from sidecar.errors import Reason, Refusal
 from sidecar.pipeline import CANCELLED, Snapshot, read
 from webhook.core import annotations, contract, quantity, resources, siem
+from webhook.core.surroundings import decode_peers, decode_reach
 
 REFERENCE: Final = Path(__file__).parent / "reference"
 NOTE: Final = "<!-- Made by docs/generate.py from the code; edit the code. -->\n"
@@ -72,6 +73,10 @@ def _spelt(field: Any) -> str:
             return quantity.cpu(amount)
         case int() as amount if field.metadata["parse"] is quantity.parse_memory:
             return quantity.memory(amount)
+        case tuple() as peers if field.metadata["parse"] in (decode_peers, decode_reach):
+            return json.dumps(
+                [{key: value for key, value in msgspec.to_builtins(each).items() if value} for each in peers]
+            )
         case tuple() as names:
             return ",".join(names)
         case float() as number:

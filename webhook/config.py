@@ -4,6 +4,7 @@ And what follows from them: the template of every pod, and what a workload gets 
 Refuses an unknown `SIDEGATE_` variable and every unusable value, all of them in one message.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, Self
@@ -16,6 +17,8 @@ from sidecar.core.profile import Audit, Telemetry
 from webhook.core import quantity
 from webhook.core.container import AUDIT_FILE, SPIFFE_DIR, Amounts, Template
 from webhook.core.effective import Defaults
+from webhook.core.resources import PeerSpec, ReachSpec
+from webhook.core.surroundings import ANY_NAMESPACE, Surroundings, decode_peers, decode_reach
 from webhook.errors import BadSetting
 
 DAY_S: Final = 86_400
@@ -38,6 +41,13 @@ def _filled(text: str) -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _prefixes(text: str) -> tuple[str, ...]:
+    for prefix in _names(text):
+        if not re.fullmatch(r"https?://[^/?#@\s]+/[^?#@%\s]*", prefix):
+            raise ValueError("beginnings of URLs with a slash after the host, such as https://bundles.example.org/mcp/")
+    return _names(text)
 
 
 def _spiffe_id(text: str) -> str:
@@ -128,6 +138,11 @@ class Settings:
         "Namespaces never touched, comma-separated; our own and the cluster's always belong to them.",
         default=("kube-system", "kube-public", "kube-node-lease"),
     )
+    external_bundles: tuple[str, ...] = setting_of(
+        _prefixes,
+        "Beginnings of the URLs of external OPA bundles that policies may name, comma-separated; empty: none.",
+        default=(),
+    )
     control_plane_id: str = setting_of(
         _spiffe_id, "SPIFFE ID of the control plane, which sidecars demand of it.", default=""
     )
@@ -185,6 +200,31 @@ class Settings:
         str, "SPIFFE ID pattern that the receiver must show by mutual TLS; empty: HTTPS as the web has it.", default=""
     )
     otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")
+
+    # What is put around governed servers.
+    governed_namespaces: str = setting_of(
+        _filled,
+        "Label selector of the namespaces that this release governs.",
+        default="sidegate.dev/injection in (enabled,enforced)",
+    )
+    network_policy: Literal["enforce", "ingress", "off"] = setting_of(
+        _one_of("enforce", "ingress", "off"),
+        "Whether NetworkPolicies let through only what is named: both ways, only inward, or none are made.",
+        default="enforce",
+    )
+    network_dns: tuple[ReachSpec, ...] = setting_of(
+        decode_reach,
+        "Where DNS is asked, as JSON: a list as spec.egress of MCPServerProfile; ports are 53 unless named.",
+        default=(ReachSpec(namespace="kube-system", pod_labels={"k8s-app": "kube-dns"}),),
+    )
+    network_egress: tuple[ReachSpec, ...] = setting_of(
+        decode_reach, "Where all governed servers may connect to besides, likewise.", default=()
+    )
+    network_metrics_from: tuple[PeerSpec, ...] = setting_of(
+        decode_peers,
+        "Who may read health and metrics of sidecars, as JSON: a list as spec.ingress of MCPServerProfile.",
+        default=(PeerSpec(namespace=ANY_NAMESPACE),),
+    )
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Self:
@@ -254,6 +294,22 @@ def _trail(settings: Settings) -> dict[str, Any]:
         "audit_ship_format": ShipFormat(settings.audit_ship_format),
         "audit_ship_id": settings.audit_ship_id,
     }
+
+
+def surroundings(settings: Settings) -> Surroundings:
+    """Return what is put around governed servers."""
+    return Surroundings(
+        name=settings.service,
+        namespace=settings.namespace,
+        trust_domain=str(SpiffeId.parse(settings.control_plane_id).trust_domain),
+        mode=settings.network_policy,
+        is_permissive=settings.mtls == "permissive",
+        weakest_capture=Capture(settings.weakest_capture),
+        urls=tuple(url for url in (settings.otlp_endpoint, settings.audit_ship) if url),
+        dns=settings.network_dns,
+        egress=settings.network_egress,
+        metrics_from=settings.network_metrics_from,
+    )
 
 
 def defaults(settings: Settings) -> Defaults:

@@ -5,13 +5,15 @@ checked the same schema (charts/sidegate/crds): a CRD may be older than this pro
 Kubernetes has them: an empty one selects every pod of its namespace, a missing one is an error.
 """
 
+from ipaddress import ip_network
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
 from certs.errors import BadSpiffeId
-from certs.spiffe import SpiffePattern
+from certs.spiffe import SpiffeId, SpiffePattern
 from sidecar.core import profile
+from sidecar.core.bundle import public_keys
 from sidecar.core.content import Content
 from sidecar.errors import BundleError
 from webhook.core.pod import JSON
@@ -148,6 +150,36 @@ class TelemetrySpec(Record, frozen=True, kw_only=True):
     content: bool = False
 
 
+class PeerSpec(Record, frozen=True, kw_only=True):
+    """Who is at the other end of a connection: pods of a namespace (`*`: of any), or a range of addresses."""
+
+    namespace: Name | None = None
+    pod_labels: dict[str, str] = {}
+    cidr: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    excluded: tuple[Annotated[str, msgspec.Meta(max_length=64)], ...] = msgspec.field(default=(), name="except")
+
+    def check(self) -> None:
+        """Raise ValueError saying what of it cannot be used."""
+        if (self.namespace is None) is (self.cidr is None):
+            raise ValueError("one of namespace and cidr must be given")
+        if self.namespace is not None and self.excluded:
+            raise ValueError("except goes with cidr")
+        if self.cidr is not None:
+            if self.pod_labels:
+                raise ValueError("podLabels goes with namespace")
+            whole = ip_network(self.cidr)
+            for each in self.excluded:
+                part = ip_network(each)
+                if part.version != whole.version or not whole.supernet_of(part):  # type: ignore[arg-type]
+                    raise ValueError(f"except: {each} is no part of {self.cidr}")
+
+
+class ReachSpec(PeerSpec, frozen=True, kw_only=True):
+    """Where connections may go to: on TCP ports, by default on all."""
+
+    ports: tuple[profile.Port, ...] = ()
+
+
 class ServerProfileSpec(Record, frozen=True, kw_only=True):
     """`MCPServerProfile`: which pods, and how."""
 
@@ -157,6 +189,8 @@ class ServerProfileSpec(Record, frozen=True, kw_only=True):
     server: ServerSpec = ServerSpec()
     identity: IdentitySpec = IdentitySpec()
     agent: AgentSpec | None = None
+    ingress: tuple[PeerSpec, ...] = ()
+    egress: tuple[ReachSpec, ...] = ()
     audit: AuditSpec = AuditSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
 
@@ -177,6 +211,16 @@ class ContentSpec(Record, frozen=True, kw_only=True):
         return profile.ContentRule(**{**msgspec.structs.asdict(self), "name": name, "mode": mode})
 
 
+class BundleSpec(Record, frozen=True, kw_only=True):
+    """An external OPA bundle whose Rego is the policy: where it is, and who must have signed it."""
+
+    url: Annotated[str, msgspec.Meta(pattern="^https?://", max_length=2048)]
+    keys: Annotated[str, msgspec.Meta(min_length=1, max_length=8192)]
+    spiffe_id: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    poll_seconds: Annotated[int, msgspec.Meta(ge=10, le=86_400)] = 60
+    max_age_seconds: Annotated[int, msgspec.Meta(ge=0, le=31_536_000)] = 0
+
+
 class PolicySpec(Record, frozen=True, kw_only=True):
     """`MCPPolicy`: rules in either language or both, each engine present must allow; and what content may not pass."""
 
@@ -185,6 +229,7 @@ class PolicySpec(Record, frozen=True, kw_only=True):
     vocabulary: Literal["sidegate", "toolhive"] = "sidegate"
     cedar: str | None = None
     rego: str | None = None
+    bundle: BundleSpec | None = None
     content: Annotated[tuple[ContentSpec, ...], msgspec.Meta(max_length=64)] = ()
 
 
@@ -333,22 +378,48 @@ def decode(kind: Kind, resource: JSON, spec: type[Spec]) -> Spec:
         raise BadResource(label, f"spec: {error}") from error
     match decoded:
         case ServerProfileSpec():
-            for index, caller in enumerate(decoded.identity.callers):
-                _check_pattern(label, f"spec.identity.callers[{index}]", caller)
-            for index, server in enumerate(decoded.agent.servers if decoded.agent else ()):
-                if server.id:
-                    _check_pattern(label, f"spec.agent.servers[{index}].id", server.id)
-                elif not _is_service(server.host):
-                    raise BadResource(
-                        label, f"spec.agent.servers[{index}].id: needed, as {server.host} is no Service of this cluster"
-                    )
+            _check_profile(label, decoded)
         case LimitSpec():
             _check_limit(label, decoded)
         case PolicySpec():
-            if not (decoded.cedar or decoded.rego or decoded.content):
-                raise BadResource(label, "spec: one of cedar, rego and content must be given")
+            if not (decoded.cedar or decoded.rego or decoded.bundle or decoded.content):
+                raise BadResource(label, "spec: one of cedar, rego, bundle and content must be given")
+            _check_bundle(label, decoded)
             _check_content(label, decoded.content)
     return decoded
+
+
+def _check_bundle(label: str, spec: PolicySpec) -> None:
+    if spec.bundle is None:
+        return
+    if spec.rego:
+        raise BadResource(label, "spec.bundle: brings the Rego; leave out spec.rego")
+    try:
+        public_keys(spec.bundle.keys)
+        if spec.bundle.spiffe_id:
+            SpiffeId.parse(spec.bundle.spiffe_id)
+    except BundleError as error:
+        raise BadResource(label, f"spec.bundle.keys: {error}") from error
+    except BadSpiffeId as error:
+        raise BadResource(label, f"spec.bundle.spiffeId: {error}") from error
+
+
+def _check_profile(label: str, spec: ServerProfileSpec) -> None:
+    for index, caller in enumerate(spec.identity.callers):
+        _check_pattern(label, f"spec.identity.callers[{index}]", caller)
+    for index, server in enumerate(spec.agent.servers if spec.agent else ()):
+        if server.id:
+            _check_pattern(label, f"spec.agent.servers[{index}].id", server.id)
+        elif not _is_service(server.host):
+            raise BadResource(
+                label, f"spec.agent.servers[{index}].id: needed, as {server.host} is no Service of this cluster"
+            )
+    for field, peers in (("ingress", spec.ingress), ("egress", spec.egress)):
+        for index, peer in enumerate(peers):
+            try:
+                peer.check()
+            except ValueError as error:
+                raise BadResource(label, f"spec.{field}[{index}]: {error}") from error
 
 
 def _check_limit(label: str, spec: LimitSpec) -> None:

@@ -21,7 +21,7 @@ from certs.spiffe import SpiffeId
 from certs.tls import MutualClient, MutualServer, ServingServer
 from certs.workload import X509Source
 from sidecar.core.keyring import pem_of
-from webhook.config import Settings, defaults, template
+from webhook.config import Settings, defaults, surroundings, template
 from webhook.core.container import Template
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON
@@ -31,6 +31,7 @@ from webhook.core.signing import SigningKeys
 from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
 from webhook.shell.bundles import BundleEndpoint, Bundles
 from webhook.shell.controllers import Compile, Controller
+from webhook.shell.external import External
 from webhook.shell.kube import Kube
 from webhook.shell.lease import Leadership
 from webhook.shell.metrics import CONTENT_TYPE, Metrics
@@ -38,6 +39,7 @@ from webhook.shell.peers import PATH as REPORTS_PATH
 from webhook.shell.peers import Peers, ReportsEndpoint
 from webhook.shell.rotate import Rotation, SigningRotation
 from webhook.shell.status import Statuses
+from webhook.shell.surroundings import NetworkPolicies
 from webhook.shell.validation import Check, Validation
 
 log = logging.getLogger(__name__)
@@ -151,8 +153,21 @@ class App:
             self._metrics,
             self._settings.revision,
         )
+        network_policies = NetworkPolicies(
+            self._kube,
+            self._controller,
+            self._leadership,
+            self._metrics,
+            surroundings(self._settings),
+            governed=self._settings.governed_namespaces,
+            excluded=self.template().excluded_namespaces,
+        )
+        external = External(self._client, self._settings.external_bundles, self._controller.renew)
+        self._controller.external = external
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(external.run(), name="external")
             tasks.create_task(self._controller.run(self._kube), name="controller")
+            tasks.create_task(network_policies.run(), name="network-policies")
             tasks.create_task(statuses.run(), name="status")
 
     def _use_keys(self, keys: SigningKeys) -> None:

@@ -23,6 +23,7 @@ from webhook.core.compile import Policies
 from webhook.core.effective import Defaults, Effective, NamespaceResources, combine
 from webhook.core.pod import JSON, Pod
 from webhook.core.resources import (
+    BundleSpec,
     ClusterPolicySpec,
     IdentityProviderSpec,
     Kind,
@@ -35,6 +36,7 @@ from webhook.core.status import Held, PodState, Source, selecting
 from webhook.errors import BadPolicy, BadResource, Denial
 from webhook.shell.admission import NotReady
 from webhook.shell.bundles import Bundles, PodKey, Published
+from webhook.shell.external import External
 from webhook.shell.kube import Bookmark, Change, Gone, Kube, Listed, Put, version_of
 from webhook.shell.metrics import Metrics
 
@@ -130,6 +132,18 @@ class Catalogue:
         """Return the identity providers. Raises BadResource."""
         return self._in(resources.IDENTITY_PROVIDER, "", IdentityProviderSpec)
 
+    def using(self) -> Iterator[tuple[str, BundleSpec]]:
+        """Yield the external bundles that policies name, each with the policy's namespace."""
+        for kind in (resources.POLICY, resources.CLUSTER_POLICY):
+            for namespace, names in self._held.get(kind.name, {}).items():
+                for each in names.values():
+                    if isinstance(each.spec, PolicySpec) and each.spec.bundle is not None:
+                        yield namespace, each.spec.bundle
+
+    def bundles(self) -> list[BundleSpec]:
+        """Return the external bundles that policies name."""
+        return [each for _, each in self.using()]
+
     def _in(self, kind: Kind, namespace: str, spec: type[resources.Spec]) -> dict[str, resources.Spec]:
         found: dict[str, resources.Spec] = {}
         for name, each in self._held.get(kind.name, {}).get(namespace, {}).items():
@@ -187,6 +201,7 @@ class Controller:
         self._seen = Seen([PODS, *(kind.plural for kind in resources.KINDS)])
         self._versions: dict[PodKey, int] = {}  # at which a pod was last changed, as far as its bundle goes
         self._is_compiling = False
+        self.external: External | None = None
         self._dirty: set[PodKey] = set()
         self._failing: dict[PodKey, str] = {}
         self._states: dict[PodKey, PodState] = {}  # of pods that nothing has changed for since
@@ -204,6 +219,10 @@ class Controller:
         if not self._catalogue.is_complete:
             raise NotReady("the custom resources were not listed yet")
         return self._catalogue.profiles(namespace)
+
+    def providers(self) -> Mapping[str, IdentityProviderSpec]:
+        """Return the identity providers. Raises BadResource."""
+        return self._catalogue.providers()
 
     @property
     def states(self) -> Mapping[PodKey, PodState]:
@@ -246,6 +265,13 @@ class Controller:
         self._metrics.broken_resources.set(self._catalogue.broken)
         self._mark(pod for pod in self._pods or () if "" in touched or pod[0] in touched)
         self._raise_floor()
+        if touched and kind in (resources.POLICY, resources.CLUSTER_POLICY) and self.external is not None:
+            self.external.use(self._catalogue.bundles())
+
+    def renew(self, changed: BundleSpec) -> None:
+        """Compile again for whom the external bundle *changed* is of account."""
+        using = {where for where, each in self._catalogue.using() if each == changed}
+        self._mark(pod for pod in self._pods or () if "" in using or pod[0] in using)
 
     def apply_pods(self, change: Change) -> None:
         """Take in a change of the injected pods."""
@@ -340,6 +366,7 @@ class Controller:
             self._catalogue.providers(),
             self._defaults,
             self._catalogue.guard_rails(),
+            self.external,
         )
 
     async def _published(self, effective: Effective, sequence: int, failed: dict[str, str]) -> Published:

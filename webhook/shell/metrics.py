@@ -69,6 +69,22 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.network_policies = Gauge(
+            "sidegate_network_policies",
+            "NetworkPolicies of governed namespaces; known to the replica that leads.",
+            registry=self.registry,
+        )
+        self.network_policy_writes = Counter(
+            "sidegate_network_policy_writes",
+            "NetworkPolicies created, put right or deleted.",
+            registry=self.registry,
+        )
+        self.undeclared = Gauge(
+            "sidegate_undeclared_peers",
+            "Callers and destinations of profiles that no NetworkPolicy can let through; the log names them.",
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """Return the text exposition."""
         return generate_latest(self.registry)

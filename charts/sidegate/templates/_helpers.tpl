@@ -84,3 +84,16 @@ matchExpressions:
   {{- . | nindent 2 }}
   {{- end }}
 {{- end }}
+
+{{/* The same namespaces, as one line. */}}
+{{- define "sidegate.governedSelector" -}}
+sidegate.dev/injection in (enabled,enforced)
+{{- if .Values.canary }},sidegate.dev/revision in ({{ .Values.revision }})
+{{- else if .Values.canaries }},sidegate.dev/revision notin ({{ join "," .Values.canaries }})
+{{- end }}
+{{- end }}
+
+{{/* A value as JSON; nothing for none. */}}
+{{- define "sidegate.json" -}}
+{{- if not (kindIs "invalid" .) }}{{ toJson . }}{{ end }}
+{{- end }}
