@@ -406,6 +406,13 @@ PARTS: Mapping[str, Part] = {
         recipe=DebianTree(packages=("redis-server",), programs=(("redis-server", "usr/bin/redis-server"),)),
         path="bin/redis-server",
     ),
+    "prometheus": Part(
+        recipe=DebianTree(
+            packages=("prometheus",),
+            programs=(("prometheus", "usr/bin/prometheus"), ("promtool", "usr/bin/promtool")),
+        ),
+        path="bin",
+    ),
     "wrk": Part(recipe=DebianTree(packages=("wrk",), programs=(("wrk", "usr/bin/wrk"),)), path="bin/wrk"),
     # Root trees of images: the machine reaches no image registry.
     "busybox-root": Part(recipe=DebianTree(packages=("base-files", "busybox-static", "iptables", "nftables"))),
