@@ -171,8 +171,9 @@ def _left_alone(seen: Pod, reason: SkipReason) -> Skip:
     for volume in seen.spec.volumes or ():
         if volume.name in container.VOLUMES:
             raise Denial(DenyCode.DECOY_VOLUME, f"volume {volume.name}: this pod is not injected; {_HINT}")
-    if annotations.INJECTED in seen.labels:
-        raise Denial(DenyCode.LABEL_INVALID, f"label {annotations.INJECTED}: this pod is not injected; remove it")
+    for label in (annotations.INJECTED, annotations.CAPTURED):
+        if label in seen.labels:
+            raise Denial(DenyCode.LABEL_INVALID, f"label {label}: this pod is not injected; remove it")
     return Skip(reason=reason)
 
 
