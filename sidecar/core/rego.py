@@ -175,7 +175,8 @@ class _Instance:
         except (wasmtime.WasmtimeError, wasmtime.Trap, KeyError, IndexError, ValueError, Trap) as error:
             self.close()
             raise BundleError(f"policy.wasm: cannot be loaded: {_cause(error)}") from error
-        self._grown_bytes = self._memory.data_len(self._store) + KEPT_BYTES
+        self._look()
+        self._grown_bytes = self._size_bytes + KEPT_BYTES
         self._evaluate = _caller(self._store, evaluate)
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class _Instance:
     @property
     def has_grown(self) -> bool:
         """Whether a call took more memory than is worth keeping: WebAssembly's memory never shrinks."""
-        return self._memory.data_len(self._store) > self._grown_bytes
+        return self._size_bytes > self._grown_bytes
 
     def evaluate(self, entrypoint: str, document: bytes, time_ns: int) -> Any:
         """Return OPA's result set for *entrypoint*, `[]` when undefined; raises Trap, after which all is undefined."""
@@ -196,31 +197,32 @@ class _Instance:
 
     def evaluate_raw(self, entrypoint: str, document: bytes, time_ns: int, *, as_rego: bool = False) -> bytes:
         """Return the same as JSON, or as Rego's own values, sets among them; an empty *document* is no input."""
-        store, memory, heap = self._store, self._memory, self._heap
-        self._time_ns, end = time_ns, heap + len(document)
+        heap, size_bytes = self._heap, len(document)
+        self._time_ns, end = time_ns, heap + size_bytes
         try:
-            missing_bytes = end - memory.data_len(store)
+            missing_bytes = end - self._size_bytes
             if missing_bytes > 0:
-                memory.grow(store, -(-missing_bytes // PAGE_BYTES))
-            ctypes.memmove(self._address() + heap, document, len(document))
-            store.set_fuel(self._fuel + FUEL_PER_BYTE * len(document))
-            result = self._evaluate(0, self.entrypoints[entrypoint], self._data, heap, len(document), end, int(as_rego))
-            return self._text(result)
+                self._memory.grow(self._store, -(-missing_bytes // PAGE_BYTES))
+                self._look()
+            ctypes.memmove(self._base + heap, document, size_bytes)
+            self._store.set_fuel(self._fuel + FUEL_PER_BYTE * size_bytes)
+            result = self._evaluate(0, self.entrypoints[entrypoint], self._data, heap, size_bytes, end, int(as_rego))
+            if self._memory.data_len(self._store) != self._size_bytes:
+                self._look()
+            return _text(self._base, self._size_bytes, result)
         except (wasmtime.WasmtimeError, wasmtime.Trap, Trap, ValueError) as error:
             error.__traceback__ = None  # the package's frames hold their exception, and so would hold us
             raise Trap(_cause(error)) from error
+
+    def _look(self) -> None:
+        """See where the memory is and how large: both stay until it grows, and asking costs as much as a small policy."""
+        self._size_bytes, self._base = self._memory.data_len(self._store), self._address()
 
     def _address(self) -> int:
         return ctypes.addressof(self._memory.data_ptr(self._store).contents)
 
     def _text(self, at: int) -> bytes:
-        """Return the bytes from *at* to the next zero; raises ValueError when that is not inside the memory."""
-        left = self._memory.data_len(self._store) - at
-        for size in (64, left) if at > 0 else ():  # most texts are short; never read past the end
-            text, zero, _ = ctypes.string_at(self._address() + at, max(0, min(size, left))).partition(b"\0")
-            if zero:
-                return text
-        raise ValueError("a text outside the memory")
+        return _text(self._address(), self._memory.data_len(self._store), at)
 
     def _function(self, name: str) -> wasmtime.Func:
         function = self._exports[name]
@@ -282,6 +284,16 @@ class _Instance:
             # A defect of a function must deny; and nesting has its limit in Python.
             raise Trap(f"a built-in function failed: {type(error).__name__}") from error
         return self._parse(written, caller, by="opa_value_parse")
+
+
+def _text(base: int, size_bytes: int, at: int) -> bytes:
+    """Return the bytes from *at* to the next zero; raises ValueError when that is not inside the memory."""
+    left = size_bytes - at
+    for size in (64, left) if at > 0 else ():  # most texts are short; never read past the end
+        text, zero, _ = ctypes.string_at(base + at, max(0, min(size, left))).partition(b"\0")
+        if zero:
+            return text
+    raise ValueError("a text outside the memory")
 
 
 def _known(table: Mapping[str, int]) -> dict[int, Callable[..., Any] | None]:
