@@ -79,6 +79,7 @@ async def gather(kube: Kube, *, release: str, namespace: str, is_before: bool) -
                 ("crds", checks.crds),
                 ("control-plane", checks.control_plane),
                 ("webhook", checks.webhook),
+                ("backstop", checks.backstop),
                 ("namespaces", checks.namespaces),
                 ("pods", checks.pods),
             )
@@ -168,6 +169,12 @@ class Checks:
         text = ((secret or {}).get("data") or {}).get("ca.crt")
         ca_pem = base64.b64decode(text) if text else None
         return [preflight.webhook_configuration(configuration, ca_pem, datetime.now(UTC))]
+
+    async def backstop(self) -> Iterable[Finding]:
+        """Look at what holds when nobody answers."""
+        policies = await self._kube.list_all(f"{ADMISSION}/validatingadmissionpolicies", status.CONTROL_PLANE)
+        bindings = await self._kube.list_all(f"{ADMISSION}/validatingadmissionpolicybindings", status.CONTROL_PLANE)
+        return [preflight.backstop(policies, bindings, self._release)]
 
     async def namespaces(self) -> Iterable[Finding]:
         """Look at the labels."""

@@ -177,6 +177,21 @@ def webhook_configuration(configuration: JSON | None, ca_pem: bytes | None, now:
     return Finding(name, Level.OK, f"{len(webhooks)} webhooks fail closed and trust our CA{suffix}")
 
 
+def backstop(policies: Sequence[JSON], bindings: Sequence[JSON], release: str) -> Finding:
+    """Judge the admission policies that hold when the webhook does not."""
+    name, fix = "backstop", "helm upgrade puts them back"
+    known = {each["metadata"]["name"] for each in policies}
+    denying = {
+        each["spec"]["policyName"] for each in bindings if "Deny" in (each["spec"].get("validationActions") or ())
+    }
+    for wanted in (f"{release}-pods", f"{release}-live-pods"):
+        if wanted not in known:
+            return Finding(name, Level.FAIL, f"no ValidatingAdmissionPolicy {wanted}", fix)
+        if wanted not in denying:
+            return Finding(name, Level.FAIL, f"no binding lets ValidatingAdmissionPolicy {wanted} deny", fix)
+    return Finding(name, Level.OK, "pods without their sidecar are denied, whether the webhook answers or not")
+
+
 def _distrust(bundle: bytes, ca_pem: bytes | None, now: datetime) -> str:
     try:
         trusted = x509.load_pem_x509_certificates(bundle)

@@ -31,6 +31,11 @@ def install(server: KubeServer, *, allowed: bool = True) -> None:
     server.put(ADMISSION, {"metadata": {"name": "sidegate"}, "webhooks": [webhook]})
     secret = {"metadata": {"name": "sidegate-webhook-ca"}, "data": {"ca.crt": bundle}}
     server.put("/api/v1/namespaces/sidegate-system/secrets", secret)
+    policies = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies"
+    bindings = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings"
+    for name in ("sidegate-pods", "sidegate-live-pods"):
+        server.put(policies, {"metadata": {"name": name}})
+        server.put(bindings, {"metadata": {"name": name}, "spec": {"policyName": name, "validationActions": ["Deny"]}})
     for plural, each in definitions().items():
         path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
         server.put(path, {**each, "metadata": {"name": f"{plural}.sidegate.dev"}})

@@ -143,6 +143,23 @@ def test_the_webhook_must_be_trusted_and_fail_closed() -> None:
     assert said(a_configuration(ours), now=late) == ("fail", "w: every certificate of the caBundle has expired")
 
 
+def test_the_backstop_must_be_there_and_deny() -> None:
+    """A policy that is bound to nothing denies nothing."""
+    policies = [named("sidegate-pods"), named("sidegate-live-pods")]
+
+    def said(known: list[Any], *actions: list[str]) -> str:
+        bindings = [
+            named(f"b{index}", spec={"policyName": policies[index]["metadata"]["name"], "validationActions": each})
+            for index, each in enumerate(actions)
+        ]
+        return preflight.backstop(known, bindings, "sidegate").text
+
+    assert said(policies, ["Deny", "Audit"], ["Deny"]).startswith("pods without their sidecar are denied")
+    assert said(policies[:1], ["Deny"]) == "no ValidatingAdmissionPolicy sidegate-live-pods"
+    assert said(policies, ["Audit"], ["Deny"]) == "no binding lets ValidatingAdmissionPolicy sidegate-pods deny"
+    assert said(policies, ["Deny"]) == "no binding lets ValidatingAdmissionPolicy sidegate-live-pods deny"
+
+
 @pytest.mark.parametrize(
     ("wanted", "ready", "level", "said"),
     [
