@@ -14,6 +14,8 @@ from certs.spiffe import SpiffeId
 from sidecar.config import PREFIX, Capture, LogLevel, ShipFormat, number, port_number, setting_of
 from sidecar.config import Settings as SidecarSettings
 from sidecar.core.profile import Audit, Telemetry
+from sidecar.core.store import read_address
+from sidecar.errors import ConfigError
 from webhook.core import quantity
 from webhook.core.container import AUDIT_FILE, SPIFFE_DIR, Amounts, Template
 from webhook.core.effective import Defaults
@@ -31,6 +33,15 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _store(text: str) -> str:
+    if text:
+        try:
+            read_address(text)
+        except ConfigError as error:
+            raise ValueError(str(error).partition("expected ")[2]) from error
+    return text
 
 
 def _filled(text: str) -> str:
@@ -200,6 +211,25 @@ class Settings:
         str, "SPIFFE ID pattern that the receiver must show by mutual TLS; empty: HTTPS as the web has it.", default=""
     )
     otlp_endpoint: str = setting_of(str, "Base URL of an OTLP/HTTP receiver for spans; empty: none.", default="")
+    limits_store: str = setting_of(
+        _store,
+        "URL of the Valkey or Redis that judges limits of scope global for all replicas; empty: none.",
+        default="",
+    )
+    limits_store_user: str = setting_of(str, "User to log in to it as; empty: the default user.", default="")
+    limits_store_secret: str = setting_of(
+        str,
+        "Secret of every governed namespace with the user's password under the key password; empty: no password.",
+        default="",
+    )
+    limits_store_ca: str = setting_of(
+        str, "Authorities (PEM) one of which must have signed its certificate; empty: the system's.", default=""
+    )
+    limits_store_timeout_s: float = setting_of(
+        number(0.001, 5),
+        "Seconds that a call waits for it at most; then whenUnavailable of the limit holds.",
+        default=0.05,
+    )
 
     # What is put around governed servers.
     governed_namespaces: str = setting_of(
@@ -258,6 +288,7 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
         image=settings.image,
         image_pull_policy=settings.image_pull_policy,
         image_pull_secrets=settings.image_pull_secrets,
+        limits_store_secret=settings.limits_store_secret,
         capture=Capture(settings.capture),
         weakest_capture=Capture(settings.weakest_capture),
         excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
@@ -269,6 +300,10 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
             bundle_keys=bundle_keys,
             bundle_max_age_s=settings.bundle_max_age_s,
             otlp_endpoint=settings.otlp_endpoint,
+            limits_store=settings.limits_store,
+            limits_store_user=settings.limits_store_user,
+            limits_store_ca=settings.limits_store_ca,
+            limits_store_timeout_s=settings.limits_store_timeout_s,
             log_level=LogLevel(settings.sidecar_log_level),
             **_trail(settings),
         ),
@@ -279,6 +314,14 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
             memory_limit_bytes=settings.sidecar_memory_limit,
         ),
     )
+
+
+def _stores(settings: Settings) -> tuple[str, ...]:
+    """Return a URL for each host by which the limits store is reached."""
+    if not settings.limits_store:
+        return ()
+    nodes = read_address(settings.limits_store).nodes
+    return tuple(f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}" for host, port in nodes)
 
 
 def _trail(settings: Settings) -> dict[str, Any]:
@@ -305,7 +348,7 @@ def surroundings(settings: Settings) -> Surroundings:
         mode=settings.network_policy,
         is_permissive=settings.mtls == "permissive",
         weakest_capture=Capture(settings.weakest_capture),
-        urls=tuple(url for url in (settings.otlp_endpoint, settings.audit_ship) if url),
+        urls=tuple(url for url in (settings.otlp_endpoint, settings.audit_ship, *_stores(settings)) if url),
         dns=settings.network_dns,
         egress=settings.network_egress,
         metrics_from=settings.network_metrics_from,

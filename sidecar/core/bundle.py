@@ -13,7 +13,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ ALLOW: Final = "mcp/authz/allow"
 REASONS: Final = "mcp/authz/reasons"
 
 METADATA: Final = "sidegate"  # the member of the manifest's metadata that is ours
-__all__ = ["Bundle", "Limits", "Stamp", "decode", "encode", "public_keys", "renew", "revision"]
+__all__ = ["Bundle", "Limits", "Stamp", "decode", "encode", "foreign", "public_keys", "renew", "revision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +179,19 @@ def _is_count(number: str) -> bool:
     return number.isdecimal() and len(number) <= len(str(MAX_TERM)) and int(number) <= MAX_TERM
 
 
+def foreign(data: bytes, keyring: Keyring, limits: Limits = Limits()) -> dict[str, bytes]:
+    """Return the Rego modules, data and manifest of a bundle that is none of ours; raises BundleError."""
+    files = dict(_unpack(data, limits, _check_foreign_name))
+    _verify(files, keyring)
+    return files
+
+
+def _check_foreign_name(name: str) -> None:
+    _check_path(name)
+    if not (REGO.fullmatch(name) or name.rpartition("/")[2] == DATA):
+        raise BundleError(f"{name}: only *.rego and {DATA} are taken from an external bundle")
+
+
 def _check_announced(profile: profiles.Profile, files: Mapping[str, bytes]) -> None:
     """Refuse a policy that is there but not announced: it would not be enforced, and nobody would notice."""
     present = {(name[: -len(WASM)], "rego") for name in files if name == WASM or name.endswith("/" + WASM)}
@@ -207,8 +220,8 @@ def _pack(files: Mapping[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def _unpack(data: bytes, limits: Limits) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file, never more than *limits* allow."""
+def _unpack(data: bytes, limits: Limits, check: Callable[[str], None] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each file, never more than *limits* allow, with names that pass *check*."""
     archive = _inflate(data, limits)
     seen: set[str] = set()
     try:
@@ -216,7 +229,7 @@ def _unpack(data: bytes, limits: Limits) -> Iterator[tuple[str, bytes]]:
             for member in members:
                 if member.isdir():
                     continue
-                name = _member_name(member, limits)
+                name = _member_name(member, limits, check or _check_name)
                 if name in seen:
                     raise BundleError(f"{name}: given twice")
                 seen.add(name)
@@ -246,7 +259,7 @@ def _inflate(data: bytes, limits: Limits) -> bytes:
     return archive
 
 
-def _member_name(member: tarfile.TarInfo, limits: Limits) -> str:
+def _member_name(member: tarfile.TarInfo, limits: Limits, check: Callable[[str], None]) -> str:
     """Return the member's path from the bundle's root. OPA writes `/data.json`, tar `./data.json`."""
     name = member.name.removeprefix("./").removeprefix("/")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
@@ -254,13 +267,17 @@ def _member_name(member: tarfile.TarInfo, limits: Limits) -> str:
     if member.size > limits.file_bytes:
         raise BundleError(f"{name}: larger than {limits.file_bytes} bytes")
     if name not in (MANIFEST, SIGNATURES):
-        _check_name(name)
+        check(name)
     return name
 
 
-def _check_name(name: str) -> None:
+def _check_path(name: str) -> None:
     if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
         raise BundleError(f"{name!r}: not a path inside the bundle")
+
+
+def _check_name(name: str) -> None:
+    _check_path(name)
     if name == PROFILE or REGO.fullmatch(name):
         return
     within = SET.match(name)

@@ -5,7 +5,7 @@ one pod are refused: neither is the stricter by any rule that their authors coul
 without policy nothing that needs a rule is allowed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -30,8 +30,12 @@ from sidecar.core.profile import (
 )
 from webhook.core import annotations
 from webhook.core.compile import Policies
+from webhook.core.external import Fetched
 from webhook.core.pod import Pod, workload
 from webhook.core.resources import (
+    CLUSTER_POLICY,
+    POLICY,
+    BundleSpec,
     ClusterPolicySpec,
     IdentityProviderSpec,
     LimitSpec,
@@ -130,8 +134,12 @@ def combine(
     providers: Mapping[str, IdentityProviderSpec],
     defaults: Defaults,
     guard_rails: Mapping[str, ClusterPolicySpec] | None = None,
+    external: Callable[[BundleSpec], Fetched] | None = None,
 ) -> Effective:
-    """Return what *pod* (without our own parts) of *namespace* gets. Raises BadResource or Denial."""
+    """Return what *pod* (without our own parts) of *namespace* gets. Raises BadResource or Denial.
+
+    *external* returns what is in a bundle from elsewhere.
+    """
     asked = annotations.read(pod.annotations)
     profile = select_profile(pod.labels, resources.profiles)
     if is_agent(pod.labels):
@@ -168,7 +176,7 @@ def combine(
             content=_content(pod.labels, namespace, resources.policies, guard_rails or {}),
             denied=profile.denied if profile else "error",
         ),
-        policies=_policies(pod.labels, namespace, resources.policies, guard_rails or {}),
+        policies=_policies(pod.labels, namespace, resources.policies, guard_rails or {}, external),
         notes=notes,
     )
 
@@ -193,14 +201,16 @@ def _policies(
     namespace: str,
     policies: Mapping[str, PolicySpec],
     guard_rails: Mapping[str, ClusterPolicySpec],
+    external: Callable[[BundleSpec], Fetched] | None,
 ) -> tuple[Policies, ...]:
-    """Return what selects the pod, each by itself: what one forbids, no other allows."""
+    """Return what selects the pod, each by itself: what one forbids, no other allows. Raises BadResource."""
     own, rails = (
-        [(key, spec) for key, spec in found if spec.cedar or spec.rego]
+        [(key, spec) for key, spec in found if spec.cedar or spec.rego or spec.bundle]
         for found in _selected(labels, namespace, policies, guard_rails)
     )
     # One policy alone lies where OPA's own tools look for it.
     is_alone = len(own) == 1 and not rails and own[0][1].mode == "enforce"
+    fetched = {key: _fetched(key, spec, external) for key, spec in (*own, *rails)}
     return tuple(
         Policies(
             name=key,
@@ -209,10 +219,22 @@ def _policies(
             grants=key.startswith("namespace/"),
             vocabulary=spec.vocabulary,
             cedar={f"{key.partition('/')[2]}.cedar": spec.cedar} if spec.cedar else {},
-            rego={f"{key.partition('/')[2]}.rego": spec.rego} if spec.rego else {},
+            rego=fetched[key].rego,
+            data=fetched[key].data,
         )
         for key, spec in (*own, *rails)
     )
+
+
+def _fetched(key: str, spec: PolicySpec, external: Callable[[BundleSpec], Fetched] | None) -> Fetched:
+    """Return the Rego of the policy *key*, its own or from elsewhere. Raises BadResource."""
+    if spec.bundle is None or external is None:
+        return Fetched(rego={f"{key.partition('/')[2]}.rego": spec.rego} if spec.rego else {})
+    try:
+        return external(spec.bundle)
+    except BadResource as error:
+        kind = CLUSTER_POLICY if key.startswith("cluster/") else POLICY
+        raise BadResource(f"{kind.name} {key.partition('/')[2]}", str(error)) from error
 
 
 def _selected(

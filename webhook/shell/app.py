@@ -31,6 +31,7 @@ from webhook.core.signing import SigningKeys
 from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
 from webhook.shell.bundles import BundleEndpoint, Bundles
 from webhook.shell.controllers import Compile, Controller
+from webhook.shell.coverage import Coverage
 from webhook.shell.external import External
 from webhook.shell.kube import Kube
 from webhook.shell.lease import Leadership
@@ -164,7 +165,11 @@ class App:
         )
         external = External(self._client, self._settings.external_bundles, self._controller.renew)
         self._controller.external = external
+        coverage = Coverage(
+            self._kube, self._metrics, leads=lambda: self._leadership.leads, profiles=self._controller.profiles
+        )
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(coverage.run(), name="coverage")
             tasks.create_task(external.run(), name="external")
             tasks.create_task(self._controller.run(self._kube), name="controller")
             tasks.create_task(network_policies.run(), name="network-policies")

@@ -77,6 +77,8 @@ class Validation:
 
     async def _try(self, policies: Policies) -> list[Finding]:
         """Return what the author of *policies* may want to know. Raises BadPolicy."""
+        if not (policies.cedar or policies.rego):  # an external bundle is judged when it is fetched
+            return []
         await self._compile_files([policies], ANY)
         found = await self._check(policies) if self._check else []
         for each in found:
