@@ -36,6 +36,21 @@ PYTHON_PACKAGES = (
 ARTICLE = (REPOSITORY / "examples" / "article" / "rego" / "article.rego").read_text()
 
 
+# Asks as anybody would who has no identity. Whatever comes back came from a listener; silence is an error's name.
+KNOCK = """
+import sys, urllib.error, urllib.request
+body = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
+headers = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
+request = urllib.request.Request(f"http://{sys.argv[1]}:{sys.argv[2]}/mcp", data=body, headers=headers)
+try:
+    print(urllib.request.urlopen(request, timeout=3).status)
+except urllib.error.HTTPError as error:
+    print(error.code, error.read().decode()[:300])
+except OSError as error:
+    print(type(getattr(error, "reason", error)).__name__)
+"""
+
+
 @functools.cache
 def workload_image() -> images.Image:
     """The test's servers and its agent: PyPI packages, three scripts, and our `certs` for the agent's SVID."""
@@ -149,6 +164,7 @@ class Governed:
             "replicas": "1",
             "spiffe.trustDomain": self.spire.trust_domain,
             "telemetry.otlpEndpoint": "http://collector.telemetry.svc:4318",
+            "capture.weakest": "remap",
         }
         return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
@@ -178,9 +194,16 @@ class Governed:
         prefix = ("--namespace", "agents", "exec", "--stdin", "deployment/agent", "--container=agent", "--")
         return self.cluster.kubectl(*prefix, *command, input=given or "", timeout_s=timeout_s)
 
-    def pod(self, name: str) -> dict[str, Any]:
-        """The one running pod of a Deployment in demo."""
-        pods: list[dict[str, Any]] = self.cluster.get("--namespace", "demo", "pods", f"--selector=app={name}")["items"]
+    def knock(self, namespace: str, name: str, host: str, port: int) -> str:
+        """What a plain HTTP request from a pod of Deployment *name* is answered: a status and a text, or the error's name."""
+        command = ("--namespace", namespace, "exec", f"deployment/{name}", f"--container={name}", "--")
+        return self.cluster.kubectl(*command, "python3", "-c", KNOCK, host, str(port)).strip()
+
+    def pod(self, name: str, namespace: str = "demo") -> dict[str, Any]:
+        """The one running pod of a Deployment."""
+        pods: list[dict[str, Any]] = self.cluster.get("--namespace", namespace, "pods", f"--selector=app={name}")[
+            "items"
+        ]
         alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         assert len(alive) == 1, [pod["metadata"]["name"] for pod in alive]
         return alive[0]

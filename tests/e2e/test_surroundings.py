@@ -1,0 +1,143 @@
+"""What NetworkPolicies let through around governed servers, with real packets and a real enforcer, in both capture modes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.cluster.cluster import CommandError
+from tests.e2e.governed import ARTICLE, Governed, container, deployment, resource, service, workload_image
+
+if TYPE_CHECKING:
+    from tests.cluster.cluster import Cluster
+
+pytestmark = pytest.mark.e2e
+
+LISTEN = "import http.server; http.server.HTTPServer(('', 8000), http.server.SimpleHTTPRequestHandler).serve_forever()"
+CLOSED = ("TimeoutError", "ConnectionRefusedError", "timeout")
+RESTRICTED = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+@pytest.fixture(scope="module")
+def strangers(governed: Governed) -> str:
+    """A namespace that no profile knows, with a pod that calls and listens; gives its address."""
+    governed.cluster.make_namespace("strangers")
+    listener = container("stranger", workload_image(), "python3", "-c", LISTEN)
+    governed.cluster.apply(deployment("strangers", "stranger", listener))
+    _up(governed.cluster, "strangers", "stranger")
+    return str(governed.pod("stranger", "strangers")["status"]["podIP"])
+
+
+def _up(cluster: Cluster, namespace: str, name: str) -> None:
+    cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=180s")
+
+
+def _fenced(cluster: Cluster, namespace: str, *names: str) -> bool:
+    found = cluster.get("--namespace", namespace, "networkpolicies")["items"]
+    return set(names) <= {each["metadata"]["name"] for each in found}
+
+
+def test_only_callers_get_through_to_the_server(governed: Governed, strangers: str) -> None:
+    """Where no caller of the profile lives, nothing answers but health; from the callers' namespace the sidecar does."""
+    address = governed.pod("records")["status"]["podIP"]
+    assert strangers
+    assert _fenced(governed.cluster, "demo", "sidegate", "sidegate.servers")
+    governed.cluster.wait_until(
+        "the policy is enforced", lambda: governed.knock("strangers", "stranger", address, 8000) in CLOSED, timeout_s=30
+    )
+
+    assert governed.knock("strangers", "stranger", address, 15443) in CLOSED
+    assert governed.knock("strangers", "stranger", address, 15020).startswith("40")
+    assert governed.knock("agents", "agent", address, 8000).startswith("401")
+
+
+def test_a_server_reaches_what_is_declared(governed: Governed, strangers: str) -> None:
+    """A destination answers everybody but the governed server, until its profile names it."""
+    assert governed.knock("agents", "agent", strangers, 8000).startswith("501")
+    assert governed.knock("demo", "records", strangers, 8000) in CLOSED
+    patch = {"spec": {"egress": [{"namespace": "strangers", "ports": [8000]}]}}
+    profile = ("--namespace", "demo", "patch", "mcpserverprofile/servers", "--type=merge")
+    governed.cluster.kubectl(*profile, f"--patch={json.dumps(patch)}")
+    try:
+        governed.cluster.wait_until(
+            "the destination is reached",
+            lambda: governed.knock("demo", "records", strangers, 8000).startswith("501"),
+            timeout_s=30,
+        )
+    finally:
+        governed.cluster.kubectl(*profile, '--patch={"spec": {"egress": null}}')
+
+
+def test_policies_that_somebody_deletes_or_opens_are_put_right(governed: Governed) -> None:
+    """Within seconds, and nothing else is touched."""
+    demo = ("--namespace", "demo")
+    policy = "networkpolicy/sidegate.servers"
+    before = governed.cluster.get(*demo, policy)["spec"]
+    opened = json.dumps({"spec": {"ingress": [{}], "egress": [{}]}})
+
+    governed.cluster.kubectl(*demo, "patch", policy, "--type=merge", f"--patch={opened}")
+    governed.cluster.wait_until("it is repaired", lambda: bool(governed.cluster.get(*demo, policy)["spec"] == before))
+    governed.cluster.kubectl(*demo, "delete", policy)
+    governed.cluster.wait_until("it is back", lambda: bool(governed.cluster.get(*demo, policy)["spec"] == before))
+
+
+def test_a_restricted_namespace_takes_remap(governed: Governed) -> None:
+    """Pod Security's strictest level admits the pod; the Service leads to the sidecar, and the old port to nothing."""
+    cluster, namespace = governed.cluster, "restricted"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted", "sidegate.dev/injection": "enabled"}
+    cluster.make_namespace(namespace, **labels)
+    caller = f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default"
+    identity = {"callers": [caller], "providers": [{"name": "corp"}]}
+    cluster.apply(
+        resource("MCPServerProfile", "tight", {"selector": {}, "identity": identity, "capture": "remap"}, namespace),
+        resource("MCPPolicy", "article", {"selector": {}, "rego": ARTICLE}, namespace),
+    )
+    cluster.wait_until("it is fenced in", lambda: _fenced(cluster, namespace, "sidegate", "sidegate-remap.tight"))
+    command = ("python3", "/opt/app/three_tools.py", "8000")
+    ports = [{"name": "mcp", "containerPort": 8000}]
+    server = container("tight", workload_image(), *command, ports=ports, securityContext=RESTRICTED)
+    reached = service(namespace, "tight", 8000)
+    reached["spec"]["ports"][0]["targetPort"] = "mcp"
+    cluster.apply(deployment(namespace, "tight", server), reached)
+    _up(cluster, namespace, "tight")
+    pod = governed.pod("tight", namespace)
+    address = pod["status"]["podIP"]
+
+    assert pod["metadata"]["labels"]["sidegate.dev/capture"] == "remap"
+    assert json.loads(pod["metadata"]["annotations"]["sidegate.dev/status"])["guarantee"] == "remap"
+    outcome = governed.ask(
+        "https://tight.restricted.svc:8000/mcp",
+        ("list_tables", {}),
+        ("execute_query", {"sql": "SELECT 1"}),
+        user="alice",
+        expected=f"spiffe://{governed.spire.trust_domain}/ns/{namespace}/sa/default",
+    )
+    assert [result["ok"] for result in outcome["results"]] == [True, False], outcome
+    assert governed.knock(namespace, "tight", "127.0.0.1", 8000)[:3] in {"200", "400", "406"}
+    assert governed.knock("agents", "agent", address, 8000) in CLOSED
+    assert governed.knock("agents", "agent", address, 15443).startswith("401")
+
+
+def test_a_restricted_namespace_says_no_to_redirect(governed: Governed) -> None:
+    """Before Pod Security does, or by it: the init container needs NET_ADMIN, and the message leads to remap."""
+    cluster = governed.cluster
+    labels = {"pod-security.kubernetes.io/enforce": "restricted", "sidegate.dev/injection": "enabled"}
+    cluster.make_namespace("tight-lipped", **labels)
+    server: dict[str, Any] = container("server", workload_image(), "sleep", "1", securityContext=RESTRICTED)
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "a", "namespace": "tight-lipped", "labels": {"sidegate.dev/server": "true"}},
+        "spec": {"containers": [server | {"ports": [{"containerPort": 8000}]}]},
+    }
+
+    with pytest.raises(CommandError, match=r"PodSecurity|restricted"):
+        cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
