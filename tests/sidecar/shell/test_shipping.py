@@ -4,13 +4,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from certs.spiffe import SpiffeId
+from certs.tls import MutualClient, MutualServer, peer_of
 from sidecar.config import Settings, ShipFormat
 from sidecar.core.chain import verify
 from sidecar.core.profile import Audit as AuditProfile
@@ -21,6 +23,7 @@ from sidecar.shell.shipping import Shipping, opened
 from sidecar.shell.trail import File
 from tests.fakes import eventually
 from tests.sidecar.exchanges import a_profile, an_exchange
+from tests.sidecar.shell.test_bundles import TRUST, an_svid
 
 KEEP_BYTES = 1_000_000.0
 
@@ -42,11 +45,14 @@ class Receiver:
     port: int = 0
     lines: list[bytes] = field(default_factory=list)
     requests: list[web.Request] = field(default_factory=list)
+    callers: list[str] = field(default_factory=list)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer one POST."""
         body = await request.read()
         self.requests.append(request)
+        peer = None if request.transport is None else peer_of(request.transport)
+        self.callers += [] if peer is None else [str(peer.spiffe_id)]
         if self.hangs:
             await asyncio.sleep(60)
         if self.statuses:
@@ -64,13 +70,13 @@ class Receiver:
 
 
 @asynccontextmanager
-async def serving(receiver: Receiver) -> AsyncIterator[Receiver]:
+async def serving(receiver: Receiver, tls: MutualServer | None = None) -> AsyncIterator[Receiver]:
     """Let *receiver* listen, on the port that it had before."""
     application = web.Application(client_max_size=2**26)
     application.router.add_post("/{path:.*}", receiver.handle)
     runner = web.AppRunner(application, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", receiver.port).start()
+    await web.TCPSite(runner, "127.0.0.1", receiver.port, ssl_context=tls and tls.context).start()
     receiver.port = runner.addresses[0][1]
     try:
         yield receiver
@@ -252,6 +258,25 @@ async def test_otlp_goes_to_the_signal_s_path_and_counts_what_is_not_taken(tmp_p
     described = body["resourceLogs"][0]["resource"]["attributes"]
     assert {"key": "k8s.pod.name", "value": {"stringValue": "billing-0"}} in described
     assert (made.shipped, made.rejected) == (1, 1)
+
+
+async def test_the_receiver_must_be_whom_we_expect_and_learns_who_we_are(tmp_path: Path) -> None:
+    """By mutual TLS with SVIDs; a receiver with another identity gets nothing."""
+    client, server = MutualClient(), MutualServer()
+    client.use(an_svid(SpiffeId.parse("spiffe://a.test/ns/pay/sa/billing")), TRUST)
+    server.use(an_svid(SpiffeId.parse("spiffe://a.test/ns/siem/sa/collector")), TRUST)
+    async with serving(Receiver(), tls=server) as receiver:
+        url = f"https://127.0.0.1:{receiver.port}/in"
+        right = settings(tmp_path / "audit.jsonl", 0, audit_ship=url, audit_ship_id="spiffe://a.test/ns/siem/sa/*")
+        file = file_of(right)
+        observe(Audit(file), 2)
+        wrong = replace(right, audit_ship_id="spiffe://a.test/ns/pay/sa/billing")
+        await Shipping(wrong, file, client).flush()
+        assert receiver.lines == []
+        await Shipping(right, file, client).flush()
+
+    assert receiver.numbers == [1, 2]
+    assert receiver.callers == ["spiffe://a.test/ns/pay/sa/billing"]
 
 
 async def test_beyond_the_bound_calls_are_refused_or_lines_dropped_and_counted(
