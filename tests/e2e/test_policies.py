@@ -24,7 +24,7 @@ HEAD = "package mcp.authz\ndefault allow := false\n"
 ANY: dict[str, Any] = {"selector": {}}
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "unknown-field": ({**ANY, "ceder": "permit (principal, action, resource);"}, r"unknown field \"spec\.ceder\""),
-    "no-engine": (ANY, r"one of cedar, rego and content must be given"),
+    "no-engine": (ANY, r"one of cedar, rego, bundle and content must be given"),
     "cedar-syntax": (
         {**ANY, "cedar": "permit (principal, action, resource)\nwhen { context.tool.name == };"},
         r"cedar-syntax\.cedar:2:29: unexpected token `}`; try it before: sidegate policy check",

@@ -228,13 +228,15 @@ def _policies(
 
 def _fetched(key: str, spec: PolicySpec, external: Callable[[BundleSpec], Fetched] | None) -> Fetched:
     """Return the Rego of the policy *key*, its own or from elsewhere. Raises BadResource."""
-    if spec.bundle is None or external is None:
+    if spec.bundle is None:
         return Fetched(rego={f"{key.partition('/')[2]}.rego": spec.rego} if spec.rego else {})
+    label = f"{(CLUSTER_POLICY if key.startswith('cluster/') else POLICY).name} {key.partition('/')[2]}"
+    if external is None:
+        raise BadResource(label, "spec.bundle: nothing is fetched here")
     try:
         return external(spec.bundle)
     except BadResource as error:
-        kind = CLUSTER_POLICY if key.startswith("cluster/") else POLICY
-        raise BadResource(f"{kind.name} {key.partition('/')[2]}", str(error)) from error
+        raise BadResource(label, str(error)) from error
 
 
 def _selected(

@@ -32,7 +32,7 @@ def read(packed: bytes, spec: BundleSpec) -> Fetched:
     files.pop(MANIFEST, None)
     rego: dict[str, str] = {}
     data: dict[str, Any] = {}
-    for path, content in sorted(files.items()):
+    for path, content in sorted(files.items(), key=lambda each: (each[0].count("/"), each[0])):  # the root's data first
         try:
             if path.endswith(".rego"):
                 rego[path.replace("/", SEPARATOR)] = content.decode()

@@ -108,7 +108,7 @@ def test_selector_matches_as_kubernetes_does(selector: Any, labels: dict[str, st
         (resources.SERVER_PROFILE, {"selector": {}, "denied": "quietly"}, "denied"),
         (resources.SERVER_PROFILE, {"selector": {}, "identity": {"callers": ["http://x"]}}, r"callers\[0\]"),
         (resources.SERVER_PROFILE, {"selector": {}, "identity": {"mtls": "loose"}}, "mtls"),
-        (resources.POLICY, {"selector": {}}, "one of cedar, rego and content"),
+        (resources.POLICY, {"selector": {}}, "one of cedar, rego, bundle and content"),
         (resources.POLICY, {"selector": {}, "content": [{"name": "x"}]}, r"content\[0\]: a content rule needs fields"),
         (resources.POLICY, {"selector": {}, "content": [RULE, {**RULE, "regex": "b"}]}, r"\[1\].name: x is the name of"),
         (resources.POLICY, {"selector": {}, "content": [{**RULE, "regex": "("}]}, r"regex: missing \)"),

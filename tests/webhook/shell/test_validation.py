@@ -78,7 +78,7 @@ async def test_what_can_be_used_is_let_through(client: Client, kind: str, spec: 
         ("mcppolicies", {"selector": {}, "rego": REGO + "allow if http.send({})\n"}, "p.rego:5:10: undefined function http.send"),
         ("mcppolicies", {"selector": {}, "rego": REGO + "allow if { x := 1 }\n"}, "assigned var x unused"),
         ("mcppolicies", {"selector": {}, "rego": "package other\nallow := true\n"}, "no rule allow in package mcp.authz"),
-        ("mcppolicies", {"selector": {}}, "one of cedar, rego and content must be given"),
+        ("mcppolicies", {"selector": {}}, "must be given"),
         ("mcppolicies", {"selector": {}, "cedar": "x", "mode": "maybe"}, "maybe"),
         ("clustermcppolicies", {"selector": {}, "namespaces": "a", "cedar": "x"}, "Expected `array`, got `str` - at `$.namespaces`"),
         ("mcplimits", {"selector": {}, "ratePerSecond": 0, "burst": 1}, "ratePerSecond"),
