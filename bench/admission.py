@@ -31,7 +31,7 @@ import uvloop
 import yaml
 
 from bench.errors import BenchError
-from bench.processes import cpu_ns, free_port, rss_bytes
+from bench.processes import free_port, rss_bytes
 from certs.embedded import EmbeddedDomain, EmbeddedWorkloadApi, Identity
 from certs.spiffe import SpiffeId, TrustDomain
 from tests.webhook.core.golden_cases import TEMPLATE
@@ -133,14 +133,20 @@ def show(load: Load, size_kib: float) -> None:
 
 async def idle(pid: int) -> float:
     """Return the CPU time of *pid* over SETTLE_S in which nothing is asked of it."""
-    before = cpu_ns(pid)
+    before = cpu_s(pid)
     await asyncio.sleep(SETTLE_S)
-    return (cpu_ns(pid) - before) / 1e9
+    return cpu_s(pid) - before
 
 
-def idle_percent(cpu_s: float) -> float:
+def idle_percent(used_s: float) -> float:
     """Return it as a share of one core."""
-    return cpu_s / SETTLE_S * 100
+    return used_s / SETTLE_S * 100
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU time of *pid* with all of its threads, those that have ended too (proc(5), utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def reviews() -> list[bytes]:
@@ -196,20 +202,20 @@ async def open_loop(
 ) -> Load:
     """Send at fixed times; a latency counts from the time at which its review was due."""
     latencies: list[float] = []
-    count, begun, before = max(2, int(rate * seconds)), time.perf_counter(), cpu_ns(pid)
+    count, begun, before = max(2, int(rate * seconds)), time.perf_counter(), cpu_s(pid)
     async with asyncio.TaskGroup() as tasks:
         for number in range(count):
             due = begun + number / rate
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.create_task(_ask(session, url, bodies[number % len(bodies)], due, latencies))
     wall_s = time.perf_counter() - begun
-    return Load(rate=rate, latencies_s=latencies, cpu_s=(cpu_ns(pid) - before) / 1e9, wall_s=wall_s)
+    return Load(rate=rate, latencies_s=latencies, cpu_s=cpu_s(pid) - before, wall_s=wall_s)
 
 
 async def closed_loop(session: aiohttp.ClientSession, url: str, bodies: list[bytes], seconds: float, pid: int) -> Load:
     """Send the next review on each connection as soon as the last one is answered: the most that one core takes."""
     latencies: list[float] = []
-    begun, before, source = time.perf_counter(), cpu_ns(pid), itertools.cycle(bodies)
+    begun, before, source = time.perf_counter(), cpu_s(pid), itertools.cycle(bodies)
 
     async def work() -> None:
         while (now := time.perf_counter()) - begun < seconds:
@@ -219,7 +225,7 @@ async def closed_loop(session: aiohttp.ClientSession, url: str, bodies: list[byt
         for _ in range(CONNECTIONS):
             tasks.create_task(work())
     wall_s = time.perf_counter() - begun
-    return Load(rate=0, latencies_s=latencies, cpu_s=(cpu_ns(pid) - before) / 1e9, wall_s=wall_s)
+    return Load(rate=0, latencies_s=latencies, cpu_s=cpu_s(pid) - before, wall_s=wall_s)
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, due: float, latencies: list[float]) -> None:

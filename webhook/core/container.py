@@ -6,8 +6,9 @@ Source: KEP-753 (native sidecars: only a startup probe holds the next container 
 `restricted` (which the sidecar meets, and which `sidegate-net` with NET_ADMIN cannot).
 """
 
+import functools
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import msgspec
@@ -76,6 +77,7 @@ class Template:
     image: str
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: tuple[str, ...] = ()
+    limits_store_secret: str = ""  # of the pod's namespace, with the password of the store of global limits
     capture: Capture = Capture.REDIRECT
     weakest_capture: Capture = Capture.REDIRECT
     excluded_namespaces: frozenset[str] = frozenset()
@@ -84,12 +86,19 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of all of the above; a setting that has its default does not count."""
-        content = asdict(self) | {
-            "sidecar": self.sidecar.to_env(),
-            "excluded_namespaces": sorted(self.excluded_namespaces),
-        }
-        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
+        """Twelve hexadecimal digits of all of the above; what has its default does not count."""
+        return _digest(self)
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(template: Template) -> str:
+    content = {
+        each.name: value for each in fields(template) if (value := getattr(template, each.name)) != each.default
+    } | {
+        "sidecar": template.sidecar.to_env(),
+        "excluded_namespaces": sorted(template.excluded_namespaces),
+    }
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +149,7 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
         bundle_dir=CACHE_DIR,
         probes=plan.probes,
         log_level=plan.asked.log_level or template.sidecar.log_level,
+        limits_store=template.sidecar.limits_store if plan.role is Role.SERVER else "",
     )
     inbound = {"containerPort": INBOUND_PORT, "protocol": "TCP"}
     return _container(SIDECAR, template, template.amounts.adjusted(plan.asked), plan) | {
@@ -149,6 +159,7 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
             _from_pod("NAMESPACE", "metadata.namespace"),
             _from_pod("POD", "metadata.name"),
             *({"name": name, "value": value} for name, value in sorted(settings.to_env().items())),
+            *_store_password(template, plan),
         ],
         "ports": [
             *([({"name": plan.port_name} if plan.port_name else {}) | inbound] if plan.role is Role.SERVER else []),
@@ -246,6 +257,14 @@ def _probe(path: str, *, period_s: int, timeout_s: int, failures: int) -> JSON:
 
 def _from_pod(setting: str, field: str) -> JSON:
     return {"name": PREFIX + setting, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": field}}}
+
+
+def _store_password(template: Template, plan: Plan) -> list[JSON]:
+    if not template.limits_store_secret or plan.role is not Role.SERVER:
+        return []
+    # Without the Secret pods start all the same: of their limits those hold that need no store.
+    secret = {"name": template.limits_store_secret, "key": "password", "optional": True}
+    return [{"name": f"{PREFIX}LIMITS_STORE_PASSWORD", "valueFrom": {"secretKeyRef": secret}}]
 
 
 def _no_token_mount() -> JSON:

@@ -6,7 +6,6 @@ compares lists index by index: a container put in front makes it rewrite every c
 in the tests). No `test` operations: a patch that does not apply is an internal error whatever the failure policy says.
 """
 
-import copy
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -41,16 +40,18 @@ class Injection:
 
 
 def mutate(pod: JSON, injection: Injection) -> JSON:
-    """Return *pod*, which holds nothing of ours, with *injection*; *pod* itself is left as it is."""
-    mutated = copy.deepcopy(pod)
-    spec = mutated["spec"]
-    metadata = mutated["metadata"] = mutated.get("metadata") or {}
+    """Return *pod*, which holds nothing of ours, with *injection*; *pod* itself is left as it is.
+
+    What does not change is shared between the two, which is also how `diff` knows it.
+    """
+    metadata = dict(pod.get("metadata") or {})
     for field, key, value in (
         ("labels", CAPTURED, str(injection.capture)),
         ("labels", INJECTED, injection.revision),
         ("annotations", STATUS, injection.status),
     ):
         metadata[field] = (metadata.get(field) or {}) | {key: value}
+    spec = dict(pod["spec"])
     for field in ("initContainers", "containers"):
         if spec.get(field):
             spec[field] = [
@@ -62,7 +63,7 @@ def mutate(pod: JSON, injection: Injection) -> JSON:
     missing = [{"name": name} for name in injection.image_pull_secrets if {"name": name} not in secrets]
     if missing:
         spec["imagePullSecrets"] = [*secrets, *missing]
-    return mutated
+    return pod | {"metadata": metadata, "spec": spec}
 
 
 def restore(pod: JSON) -> JSON:
@@ -71,12 +72,10 @@ def restore(pod: JSON) -> JSON:
     What stood in its place is read from what we left in the pod. A tenant can forge that, and gets what he could have
     written in the first place: the result is judged and injected like any other pod. Raises ValueError if unreadable.
     """
-    spec = pod["spec"]
-    ours = [each for each in spec.get("initContainers") or () if each["name"] in container.CONTAINERS]
+    ours = [each for each in pod["spec"].get("initContainers") or () if each["name"] in container.CONTAINERS]
     if not ours:
         return pod
-    restored = copy.deepcopy(pod)
-    spec, metadata = restored["spec"], restored.get("metadata") or {}
+    spec, metadata = dict(pod["spec"]), dict(pod.get("metadata") or {})
     originals = _recorded_probes(ours)
     move = _recorded_move(metadata)
     spec["initContainers"] = [each for each in spec["initContainers"] if each["name"] not in container.CONTAINERS]
@@ -86,10 +85,10 @@ def restore(pod: JSON) -> JSON:
             for each in spec[field]
         ]
     spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in container.VOLUMES]
-    for field, key in (("labels", CAPTURED), ("labels", INJECTED), ("annotations", STATUS)):
+    for field, keys in (("labels", (CAPTURED, INJECTED)), ("annotations", (STATUS,))):
         if metadata.get(field):
-            metadata[field].pop(key, None)
-    return restored
+            metadata[field] = {key: value for key, value in metadata[field].items() if key not in keys}
+    return pod | {"metadata": metadata, "spec": spec}
 
 
 def hook_token(pod: JSON) -> str | None:
@@ -149,6 +148,8 @@ def _recorded_move(metadata: JSON) -> PortMove | None:
 
 
 def _diff(old: Any, new: Any, path: str, operations: list[JSON]) -> None:
+    if old is new:
+        return
     if isinstance(old, dict) and isinstance(new, dict):
         operations.extend({"op": "remove", "path": _join(path, key)} for key in sorted(old.keys() - new.keys()))
         for key in sorted(new):
