@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -113,13 +114,23 @@ def test_a_changed_ca_bundle_is_put_back(governed: Governed) -> None:
     assert lease["spec"]["holderIdentity"].startswith("sidegate-")
 
 
+def refusal(governed: Governed, policy: dict[str, Any]) -> str:
+    """Why the API server refuses it. What no compiler had time for is let in, and tried again."""
+    for _ in range(3):
+        try:
+            governed.cluster.apply(policy)
+        except CommandError as error:
+            return str(error)
+        governed.cluster.kubectl("--namespace", "demo", "delete", "mcppolicy", policy["metadata"]["name"])
+    return "it was let in"
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_policy_is_refused_by_the_api_server(governed: Governed, name: str) -> None:
     """With where it is wrong and, mostly, what would be right."""
     spec, said = BROKEN[name]
 
-    with pytest.raises(CommandError, match=said):
-        governed.cluster.apply(resource("MCPPolicy", name, spec))
+    assert re.search(said, refusal(governed, resource("MCPPolicy", name, spec)))
 
 
 def test_the_status_of_every_kind_says_that_the_pods_have_it(governed: Governed) -> None:

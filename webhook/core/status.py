@@ -144,6 +144,8 @@ def judge(held: Held, found: Tally, problem: str | None) -> tuple[Condition, ...
         problem = ""
     elif not isinstance(held.spec, resources.PolicySpec):
         problem = found.unusable
+    elif _is_external(held.spec):
+        problem = found.failing  # it is fetched and compiled for pods only
     if problem is None:
         return None
     accepted = Condition(
@@ -191,5 +193,10 @@ def needs_trial(held: Mapping[Source, Held], tallies: Mapping[Source, Tally]) ->
     for source, each in held.items():
         found = tallies.get(source, Tally())
         is_waiting = found.selected > 0 and found.pending == found.selected
-        if isinstance(each.spec, resources.PolicySpec) and not found.built and not is_waiting:
+        is_policy = isinstance(each.spec, resources.PolicySpec) and not _is_external(each.spec)
+        if is_policy and not found.built and not is_waiting:
             yield source
+
+
+def _is_external(spec: resources.PolicySpec) -> bool:
+    return spec.bundle is not None and not (spec.cedar or spec.rego)

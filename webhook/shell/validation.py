@@ -79,7 +79,8 @@ class Validation:
         """Return what the author of *policies* may want to know. Raises BadPolicy."""
         if not (policies.cedar or policies.rego):  # an external bundle is judged when it is fetched
             return []
-        await self._compile_files([policies], ANY)
+        if self._check is None or policies.rego:  # Cedar's check compiles first: one process less that starts
+            await self._compile_files([policies], ANY)
         found = await self._check(policies) if self._check else []
         for each in found:
             if each.severity == "error":

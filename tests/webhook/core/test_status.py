@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from certs.authority import make_key
 from webhook.core import resources
 from webhook.core.reports import PodKey, Report
 from webhook.core.status import Held, PodState, Source, Tally, counted, judge, needs_trial, selecting, tally
@@ -173,6 +176,21 @@ def test_a_policy_that_does_not_compile_says_where() -> None:
             "0/2 pods enforce it: it does not compile; the last good bundles stay",
         ),
     }
+
+
+def test_an_external_bundle_that_cannot_be_had_is_the_policys_problem() -> None:
+    """There is nothing of it to compile but what its server answers, and only for pods."""
+    pem = make_key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    external = held(POLICY, cedar=None, bundle={"url": "https://opa.test/b", "keys": pem})
+    failing = PodState((POLICY,), "", "https://opa.test/b: answers 404")
+
+    def compiled(found: Tally) -> tuple[str, str]:
+        (condition,) = [each for each in judge(external, found, None) or () if each.type == "Compiled"]
+        return condition.status, condition.message
+
+    assert list(needs_trial({POLICY: external}, {})) == []
+    assert compiled(count({}, failing, failing)) == ("False", "payments/ledger-0: https://opa.test/b: answers 404")
+    assert compiled(Tally())[0] == "True"
 
 
 def test_a_policy_beside_a_broken_one_is_compiled_and_not_distributed() -> None:
