@@ -85,6 +85,17 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.pods = Gauge(
+            "sidegate_pods",
+            "Pods of labelled namespaces that should be governed, by what they are (governed, starting, ungoverned); "
+            "known to the replica that leads.",
+            ["namespace", "state"],
+            registry=self.registry,
+        )
+        self.pods_counted = Gauge(
+            "sidegate_pods_counted_timestamp_seconds", "When they were counted, in Unix time.", registry=self.registry
+        )
+
     def render(self) -> bytes:
         """Return the text exposition."""
         return generate_latest(self.registry)
