@@ -2,7 +2,7 @@
 
 The control plane's Controller, Bundles and BundleEndpoint run as they are in one process on one core, over real mutual
 TLS on loopback; the sidecars are connections of a second process on another core, which speak what sidecars speak, and
-ask again at once for each bundle that they get: that is their report. The clock starts where the API server's watch hands
+ask again soon after each bundle that they get: that is their report. The clock starts where the API server's watch hands
 the change over, and includes compiling. Connections are opened at a bounded rate before.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from certs.embedded import EmbeddedDomain
 from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.svid import X509Snapshot
 from certs.tls import MutualClient, MutualServer
+from sidecar.shell.bundles import REPORT_S
 from webhook.core import resources
 from webhook.core.effective import Defaults
 from webhook.core.signing import SigningKeys
@@ -161,6 +163,7 @@ class Sidecars:
                 self.arrived.append(time.monotonic())
                 self.bytes += len(body)
                 etag, revision = known, known.strip('"').partition(".")[0]
+                await asyncio.sleep(random.uniform(REPORT_S / 2, REPORT_S))  # noqa: S311 - as the sidecar does
             elif status != "304":
                 raise RuntimeError(head)
 

@@ -32,6 +32,7 @@ POLL_S: Final = 30  # how long the control plane may hold a request while nothin
 ANSWER_S: Final = 15.0  # beyond that, for the answer itself
 RETRY_S: Final = (0.5, 30.0)  # first and longest wait after a failure
 NO_IDENTITY_S: Final = 0.5  # between looks for our own SVID, which costs nobody anything
+REPORT_S: Final = 1.0  # longest time until a new bundle is reported: all sidecars of a change would ask at once again
 REFUSED_S: Final = 300.0  # after that a refused bundle is tried again: the compiler may have had no time
 HELD_S: Final = 1.0  # a server that says "not modified" sooner does not hold requests, and is asked every POLL_S
 LAST_GOOD: Final = "bundle.tar.gz"
@@ -136,7 +137,9 @@ class BundleSource:
                 continue
             failures = 0
             self.detail = f"bundle refused: {self._refused}" if self._refused else "confirmed"
-            if not changed and self._clock() - asked_s < HELD_S:
+            if changed:
+                await _pause(REPORT_S)
+            elif self._clock() - asked_s < HELD_S:
                 await _pause(POLL_S)
 
     async def _pull(self) -> bool:

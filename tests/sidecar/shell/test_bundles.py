@@ -137,6 +137,7 @@ SETTINGS = Settings(
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_S", (0.001, 0.01))
     monkeypatch.setattr(module, "NO_IDENTITY_S", 0.001)
+    monkeypatch.setattr(module, "REPORT_S", 0.0)
 
 
 @asynccontextmanager
@@ -356,9 +357,10 @@ async def test_server_that_does_not_hold_requests_is_not_pressed(monkeypatch: py
         plane.holds, plane.etag = False, etag
         pauses.clear()
         async with _pulling(plane, sidecar):
-            await eventually(lambda: len(pauses) >= 2, what="pauses")
+            await eventually(lambda: len(pauses) >= 3, what="pauses")
 
-        assert set(pauses) == {module.POLL_S}
+        assert pauses[0] == module.REPORT_S
+        assert set(pauses[1:]) == {module.POLL_S}
         assert sidecar.numbers == [1]
 
 
