@@ -69,6 +69,12 @@ test: $(READY)
 	$(BIN)/python -m tests.parts opa helm >/dev/null
 	echo "test: pytest"
 	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire and not real_provider and not real_apiserver" --ignore tests/e2e --cov --cov-report term:skip-covered
+	echo "test: every branch of the injection core"
+	$(BIN)/python -m coverage report --include="$(INJECTION)" --fail-under 100 --show-missing --skip-covered
+
+# What decides about pods and changes them: nothing of it may go untried.
+INJECTION = webhook/core/annotations.py,webhook/core/container.py,webhook/core/injection.py,webhook/core/obstacles.py,$\
+  webhook/core/patch.py,webhook/core/pod.py,webhook/core/probes.py,webhook/core/quantity.py,webhook/core/relay.py
 
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
@@ -103,6 +109,7 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.decisions
+	$(BIN)/python -m bench.admission
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
