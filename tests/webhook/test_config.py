@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from sidecar.config import ShipFormat
-from webhook.config import Settings, template
+from webhook.config import Settings, surroundings, template
 from webhook.core.container import AUDIT_FILE
 from webhook.errors import BadSetting
 
@@ -51,6 +51,9 @@ def test_values_are_read() -> None:
         ("IMAGE", " ", "must not be empty"),
         ("SIDECAR_CPU", "0", "cores above zero"),
         ("CONTROL_PLANE_ID", "https://a", "a SPIFFE ID such as"),
+        ("LIMITS_STORE", "valkey:6379", "redis://HOST"),
+        ("LIMITS_STORE", "redis://u:p@valkey", "a password goes into"),
+        ("LIMITS_STORE_TIMEOUT_S", "0", "a number from 0.001 to 5"),
         ("IMAGES", "x", "no such setting; known are SIDEGATE_ADMISSION_PORT"),
     ],
 )
@@ -82,3 +85,13 @@ def test_shipping_needs_files_to_ship() -> None:
     assert (sidecar.audit_sink, sidecar.audit_keep_bytes) == (AUDIT_FILE, float(2**30))
     assert (sidecar.audit_ship, sidecar.audit_ship_format) == ("https://siem.test", ShipFormat.OTLP)
     assert template(Settings(), "1", "").sidecar.audit_sink == "stdout"
+
+
+def test_sidecars_learn_the_limits_store_and_may_reach_it() -> None:
+    """Each host of its URL is one that NetworkPolicies let through."""
+    url = "rediss+sentinel://a.limits,[fd00::1]:27000/limits"
+    settings = Settings.from_env(ID | {"SIDEGATE_LIMITS_STORE": url, "SIDEGATE_LIMITS_STORE_SECRET": "limits-store"})
+    made = template(settings, "1", "")
+
+    assert (made.sidecar.limits_store, made.limits_store_secret) == (url, "limits-store")
+    assert surroundings(settings).urls == ("redis://a.limits:26379", "redis://[fd00::1]:27000")

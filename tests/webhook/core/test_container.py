@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.config import Capture, Settings
+from sidecar.config import Capture, Role, Settings
 from tests.webhook.core.golden_cases import TEMPLATE
 from webhook.core import container
 from webhook.core.annotations import Overrides
@@ -118,3 +118,19 @@ def test_the_volume_holds_all_records_that_are_kept() -> None:
 
     assert cache["emptyDir"] == {"sizeLimit": "384Mi"}
     assert {"name": container.CACHE_VOLUME, "emptyDir": {"sizeLimit": "64Mi"}} in container.volumes()
+
+
+def test_servers_learn_the_password_of_the_limits_store_from_their_namespace() -> None:
+    """It stands in no manifest; without the Secret the pod starts; agents, whose calls are judged elsewhere, learn none."""
+    store = replace(TEMPLATE.sidecar, limits_store="redis://valkey.limits")
+    template = replace(TEMPLATE, sidecar=store, limits_store_secret="limits-store")
+    server, agent = (
+        {each["name"]: each for each in container.init_containers(template, a_plan(role=role))[-1]["env"]}
+        for role in (Role.SERVER, Role.AGENT)
+    )
+
+    assert server["SIDEGATE_LIMITS_STORE"]["value"] == "redis://valkey.limits"
+    assert server["SIDEGATE_LIMITS_STORE_PASSWORD"]["valueFrom"] == {
+        "secretKeyRef": {"name": "limits-store", "key": "password", "optional": True}
+    }
+    assert not [name for name in agent if "LIMITS_STORE" in name]
