@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from sidecar.core.agreement import ParamHeaders, check
 from sidecar.core.answer import Answer
 from sidecar.core.authorise import Question, Verdict
 from sidecar.core.cedar import CedarEngine, Unspeakable
+from sidecar.core.content import Content
 from sidecar.core.dpop import Proofs, check_proof
 from sidecar.core.endpoint import target_of
 from sidecar.core.filters import Reader
@@ -297,6 +299,63 @@ ANSWERS: Final = (
     b'{"jsonrpc":"2.0","id":1,"method":"elicitation/create","params":{"mode":"url","url":"https://x.test","message":"m"}}',
     b'{"jsonrpc":"2.0","method":"notifications/resources/updated","params":{"uri":"file:///a"}}',
     b'[{"jsonrpc":"2.0","id":7,"result":{"tools":[]}},{"jsonrpc":"2.0","method":"notifications/message","params":{}}]',
+)
+
+
+def run_content(data: bytes) -> str:
+    """No secret is in any reading of what passes, and masking again changes nothing."""
+    permit = a_permit(a_call("a"))
+    reader = Reader(permit=permit, engines=(OnlyA(),), tasks=tasks(), screen=_CONTENT.answered(permit.question.message))
+    try:
+        passed, seen = review(data, reader, _judge)
+        again, _ = review(passed or b"{}", reader, _judge)
+    except Refusal as refusal:
+        return f"{refusal.reason} {refusal.detail}"[:120]
+    assert not passed or again == passed
+    document = json.loads(passed.decode()) if passed else {}
+    for message in document if isinstance(document, list) else [document]:
+        for name in ("params", "error", "result"):
+            _check_masked(message.get(name) if isinstance(message, dict) else None, passed, depth=0)
+    return f"{[(bool(each.data), sum(found.count for found in each.found)) for each in seen][:4]}"
+
+
+_CONTENT: Final = Content(
+    [
+        profile.ContentRule(name="keys", patterns=("aws-key", "email", "credit-card")),
+        profile.ContentRule(name="pins", fields=("pin", "/a/*")),
+        profile.ContentRule(name="own", regex=r"^x+y|\[z"),
+    ]
+)
+_KEY_ID: Final = "AKIAABCDEFGHIJKLMNOP"
+_LEFT_ALONE: Final = frozenset(
+    {"requestState", "nextCursor", "resultType", "taskId"}
+)  # only the server reads them again
+
+
+def _check_masked(value: Any, passed: bytes, depth: int) -> None:
+    match value:
+        case dict():
+            for name, member in value.items():
+                if depth or name not in _LEFT_ALONE:
+                    assert depth == 0 or _KEY_ID not in re.findall(r"\w+", name), passed
+                    assert name != "pin" or member in ("[masked]", None), passed
+                    _check_masked(member, passed, depth + 1)
+        case list():
+            for item in value:
+                _check_masked(item, passed, depth + 1)
+        case str():
+            assert _KEY_ID not in re.findall(r"[A-Za-z0-9_]+", value), passed
+            assert not re.match(r"x+y", value), passed
+
+
+SECRETS: Final = tuple(
+    b'{"jsonrpc":"2.0","id":7,"result":' + each + b"}"
+    for each in (
+        b'{"content":[{"type":"text","text":"key AKIAABCDEFGHIJKLMNOP, \\u0041KIAABCDEFGHIJKLMNOP\\n"}]}',
+        b'{"content":[{"text":"{\\"pin\\":1,\\"t\\":\\"\\\\u0041KIAABCDEFGHIJKLMNOP\\"}"}],"structuredContent":{"pin":1,"a":[1]}}',
+        b'{"x":{"AKIAABCDEFGHIJKLMNOP":[4111111111111111,"xxy","[z"],"pin":{"a":[]}},"requestState":"AKIAABCDEFGHIJKLMNOP"}',
+        b'{ "pin" : "a@b.example" , "pin" : null, "y": "\\ud83d\\ude00 a@b.example \\\\\\"" }',
+    )
 )
 
 
@@ -749,6 +808,7 @@ def _targets() -> Iterator[Target]:
     )
     yield Target(name="endpoint", run=run_endpoint, seeds=ways)
     yield Target(name="review", run=run_review, seeds=ANSWERS)
+    yield Target(name="content", run=run_content, seeds=[*SECRETS, *ANSWERS[5:]])
     yield Target(
         name="answer",
         run=run_answer,
