@@ -118,7 +118,7 @@ LIMITED: Final = _count("limit.refusals", "{message}", "Messages that a limit re
 OVER: Final = _count("limit.over", "{message}", "Messages that a limit in shadow mode would have refused.", "limit")
 WARNINGS: Final = _count("limit.warnings", "{message}", "Messages that crossed a step of a quota, by the step in per cent.", "limit", "percent")  # fmt: skip # noqa: E501
 FALLBACKS: Final = _count("limit.fallbacks", "{message}", "Messages that were judged without the store of global limits.", "limit")  # fmt: skip # noqa: E501
-STORE_UNANSWERED: Final = _count("limit.store_unanswered", "{message}", "Messages to which that store gave no answer in time.")  # fmt: skip # noqa: E501
+STORE_UNANSWERED: Final = _count("limit.store_unanswered", "{message}", "Messages to which that store gave no answer in time.")  # fmt: skip
 HANDSHAKES: Final = _count("handshake_refusals", "{handshake}", "TLS handshakes refused.", "reason")
 HIDDEN: Final = _count("hidden_items", "{item}", "List items hidden from callers.")
 DIFFERENCES: Final = _count("shadow_differences", "{message}", "Messages that a policy in shadow mode would have decided otherwise.", "policy", "allowed")  # fmt: skip # noqa: E501
@@ -129,13 +129,17 @@ BUNDLE_AGE: Final = _gauge("bundle.age", "s", "Time since the control plane last
 SVID_EXPIRY: Final = _gauge("svid.expiry_timestamp", "s", "Unix time at which the SVID in use expires.")
 READY: Final = _gauge("ready", "", "1: ready for calls; 0: not, and /readyz says why.")
 AUDIT_FAILURES: Final = _count("audit_failures", "{write}", "Failed audit writes.")
-AUDIT_LOST: Final = _count("audit_lost", "{record}", "Audit records that were never written.")
+AUDIT_LOST: Final = _count("audit_lost", "{record}", "Audit records that were never written, or deleted before anybody had them.")  # fmt: skip # noqa: E501
+AUDIT_SHIPPED: Final = _count("audit_shipped", "{record}", "Audit records sent to their receiver: taken by it, or refused for good.", "outcome")  # fmt: skip # noqa: E501
+AUDIT_RETRIES: Final = _count("audit_retries", "{request}", "Requests to the receiver of audit records that failed, and were made again.")  # fmt: skip # noqa: E501
+AUDIT_WAITING: Final = _gauge("audit.waiting", "By", "Audit records that wait for their receiver.")
 DROPPED: Final = _count("telemetry_dropped", "{item}", "Spans, metrics and log records that reached no receiver.", "signal")  # fmt: skip
 QUESTIONS: Final = _count("provider_questions", "{question}", "Questions to identity providers.", "provider", "question", "outcome")  # fmt: skip # noqa: E501
 
 INSTRUMENTS: Final[tuple[Instrument, ...]] = (
-    SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, SPEND, LIMITED, OVER, WARNINGS, FALLBACKS, STORE_UNANSWERED, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT,
-    IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, SVID_EXPIRY, AUDIT_FAILURES, AUDIT_LOST, DROPPED, QUESTIONS,
+    SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, SPEND, LIMITED, OVER, WARNINGS, FALLBACKS,
+    STORE_UNANSWERED, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT, IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, SVID_EXPIRY,
+    AUDIT_FAILURES, AUDIT_LOST, AUDIT_SHIPPED, AUDIT_RETRIES, AUDIT_WAITING, DROPPED, QUESTIONS,
 )  # fmt: skip
 
 # Field, type, meaning; `?`: left out when not known. One line for each message, and nothing that a caller may keep private.

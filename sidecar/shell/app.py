@@ -94,8 +94,7 @@ class App:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        trail = opened(settings)
-        self._audit = Audit(trail or Output(), sign=self._sign)
+        trail = self._open_trail()
         async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession(auto_decompress=False) as session:
             telemetry = self._telemetry = Telemetry(settings, session, self._otel)
             self._providers = Providers(session, self._keys_changed)
@@ -158,9 +157,7 @@ class App:
             for task in background:
                 task.cancel()
             await health.cleanup()
-        self._audit.close()
-        for each in self._shipping:
-            await each.flush()
+        await self._close_trail()
 
     # readiness
 
@@ -204,6 +201,11 @@ class App:
             self._settings, on_refused=self._handshake_refused, use_tokens=self._snapshots.use_tokens
         )
 
+    def _open_trail(self) -> File | None:
+        trail = opened(self._settings)
+        self._audit = Audit(trail or Output(), sign=self._sign)
+        return trail
+
     def _ship(self, trail: File | None, identity: WorkloadIdentity | None) -> tuple[Shipping, ...]:
         if trail is not None and self._settings.audit_ship:
             self._shipping = (Shipping(self._settings, trail, None if identity is None else identity.client),)
@@ -222,6 +224,11 @@ class App:
             replica=secrets.token_urlsafe(9),
             timeout_s=settings.limits_store_timeout_s,
         )
+
+    async def _close_trail(self) -> None:
+        self._audit.close()
+        for each in self._shipping:
+            await each.flush()
 
     async def _activate(self, bundle: Bundle) -> None:
         await self._snapshots.activate(bundle)
@@ -329,6 +336,7 @@ class App:
             (conventions.SVID_EXPIRY, self._svid_expiry_s),
             (conventions.AUDIT_FAILURES, lambda: self._audit.failures),
             (conventions.AUDIT_LOST, lambda: self._audit.lost),
+            *(gauge for each in self._shipping for gauge in each.gauges()),
             (conventions.QUESTIONS, lambda: self._oauth.asked),
             (conventions.LIMITED, lambda: self._of_limits(lambda counts: counts.refused)),
             (conventions.OVER, lambda: self._of_limits(lambda counts: counts.over)),

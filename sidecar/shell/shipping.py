@@ -23,9 +23,10 @@ from certs.errors import CertsError
 from certs.spiffe import SpiffePattern
 from certs.tls import MutualClient
 from sidecar.config import Settings, ShipFormat
-from sidecar.core import batch
+from sidecar.core import batch, conventions
 from sidecar.core.batch import Batch
 from sidecar.errors import ConfigError
+from sidecar.shell.metrics import Gauges
 from sidecar.shell.trail import STDOUT, File, Position
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,14 @@ class Shipping:
         self.shipped = 0
         self.rejected = 0
         self.failures = 0
+
+    def gauges(self) -> Gauges:
+        """Return what is told of the way to the receiver."""
+        return (
+            (conventions.AUDIT_SHIPPED, lambda: {("taken",): self.shipped, ("refused",): self.rejected}),
+            (conventions.AUDIT_RETRIES, lambda: self.failures),
+            (conventions.AUDIT_WAITING, lambda: self._file.waiting_bytes),
+        )
 
     async def run(self) -> None:
         """Ship what there is and what comes; never returns."""

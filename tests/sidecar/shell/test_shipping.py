@@ -149,6 +149,12 @@ async def test_lines_arrive_as_they_stand(tmp_path: Path) -> None:
 
     assert verify(receiver.lines, None).is_sound
     assert (made.shipped, made.rejected, made.failures) == (13, 0, 0)
+    told = {instrument.name: read() for instrument, read in made.gauges()}
+    assert told == {
+        "sidegate.audit_shipped": {("taken",): 13, ("refused",): 0},
+        "sidegate.audit_retries": 0,
+        "sidegate.audit.waiting": 0,
+    }
     heads = receiver.requests[0].headers
     assert (heads["content-type"], heads["content-encoding"]) == ("application/x-ndjson", "gzip")
     assert [each.headers["authorization"] for each in (receiver.requests[0], receiver.requests[-1])] == [
