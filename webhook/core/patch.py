@@ -60,7 +60,8 @@ def mutate(pod: JSON, injection: Injection) -> JSON:
     spec["initContainers"] = [*injection.init_containers, *(spec.get("initContainers") or ())]
     spec["volumes"] = [*injection.volumes, *(spec.get("volumes") or ())]
     secrets = spec.get("imagePullSecrets") or []
-    missing = [{"name": name} for name in injection.image_pull_secrets if {"name": name} not in secrets]
+    known = {each.get("name") for each in secrets}
+    missing = [{"name": name} for name in injection.image_pull_secrets if name not in known]
     if missing:
         spec["imagePullSecrets"] = [*secrets, *missing]
     return pod | {"metadata": metadata, "spec": spec}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.webhook.core.declared import rest
 from tests.webhook.core.golden_cases import NONCE, TEMPLATE, Case, cases
-from webhook.core import container
+from webhook.core import container, patch
 from webhook.core.injection import Decision, Deny, Inject, NamespacePolicy, Skip, decide, policy_of
 from webhook.errors import DenyCode
 
@@ -87,6 +87,33 @@ def test_application_keeps_all_but_what_is_declared(case: Case) -> None:
 
     assert isinstance(decision, Inject)
     assert rest(decision.pod) == rest(case.pod)
+
+
+def unknown(part: Any) -> Any:
+    """Return *part* with a field that nobody knows in each of its objects, but for our own containers and volumes."""
+    if isinstance(part, list):
+        return [each if ours(each) else unknown(each) for each in part]
+    if isinstance(part, dict):
+        return {key: unknown(each) for key, each in part.items()} | {"unknown": "1"}
+    return part
+
+
+def ours(part: Any) -> bool:
+    """Return whether *part* is a container or volume of our making."""
+    return isinstance(part, dict) and part.get("name") in container.CONTAINERS | container.VOLUMES
+
+
+@pytest.mark.parametrize("case", INJECTED.values(), ids=INJECTED.keys())
+def test_unknown_fields_survive_at_every_level(case: Case) -> None:
+    """What a later version of the API adds comes out again, in the targets of moved probes by way of the record."""
+    pod = unknown(case.pod)
+    decision = case.decide(pod)
+
+    assert isinstance(decision, Inject), decision
+    assert rest(decision.pod) == rest(pod)
+    restored = patch.restore(decision.pod)
+    bare = patch.restore(pod)
+    assert restored["spec"]["containers"] == bare["spec"]["containers"]
 
 
 @pytest.mark.parametrize(
