@@ -86,6 +86,7 @@ class Statuses:
                         log.warning("status not written", extra={"error": str(error)})
                 else:
                     self._written.clear()
+                    self._metrics.reporting_pods.set(0)
                 await asyncio.sleep(PERIOD_S + len(self._controller.sources) / PODS_PER_S)
 
     async def step(self, session: aiohttp.ClientSession, now: datetime) -> int:
