@@ -113,7 +113,7 @@ class RequestLog:
         if len(self._waiting) >= MAX_WAITING:
             self.dropped += 1
             return
-        self._waiting.append(_line(exchange, level, fields))
+        self._waiting.append(line_of(exchange, level, fields))
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LINGER_S, self.flush)
 
@@ -166,7 +166,8 @@ def line_fields(exchange: Exchange) -> dict[str, Any]:
     return fields
 
 
-def _line(exchange: Exchange, level: int, fields: dict[str, Any]) -> bytes:
+def line_of(exchange: Exchange, level: int, fields: dict[str, Any]) -> bytes:
+    """Return the line of *exchange* with these *fields*, its end included."""
     document = {
         "time": timestamp(_ended_ns(exchange))[:23] + "Z",
         "level": "info" if level == logging.INFO else "error",

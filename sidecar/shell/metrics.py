@@ -32,7 +32,7 @@ from sidecar.core.redaction import encode
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
 from sidecar.record import ABORTED, TOOL_ERROR, error_type
-from sidecar.shell.otlp import Exporter
+from sidecar.shell.otlp import Exporter, text_of
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -52,6 +52,7 @@ _CLOSED: Final = frozenset({"", TOOL_ERROR, ABORTED, *Reason, *map(str, KNOWN_CO
 Labels = tuple[str, ...]
 Exemplar = tuple[str, str, float, int]  # trace id, span id, value, Unix time in nanoseconds
 Reading = Mapping[Any, float]  # of a counter or gauge, by the values of its labels
+Gauges = Sequence[tuple[Instrument, Callable[[], Reading | float | None]]]  # what is not counted by exchanges
 
 
 class Histogram:
@@ -120,7 +121,7 @@ class Metrics:
         self._differences: Counter[Labels] = Counter()
         self._content: Counter[Labels] = Counter()
         self._tools: set[str] = set()
-        self._callers: dict[Any, str] = {None: ""}
+        self._callers = {""}
         self._watched: list[tuple[Instrument, Callable[[], Reading | float | None]]] = []
 
     def observe(self, exchange: Exchange) -> None:
@@ -133,13 +134,8 @@ class Metrics:
         samples = self._samples
         named = exchange if samples is not None and samples(exchange) else None
         self._decisions.observe(exchange.judged_s, named)
-        if exchange.hidden:
-            self._hidden += exchange.hidden
-        for found in exchange.content:
-            rule = found.rule
-            self._content[rule.name, rule.action, rule.mode, found.where] += found.count
-        for each in exchange.shadow:
-            self._differences[each.policy, str(each.allowed).lower()] += 1
+        if exchange.hidden or exchange.content or exchange.shadow:
+            self._remarks(exchange)
         # A stream's duration says how long a client stayed, and an ask's nothing, not how long the server took.
         shape, target = message.shape, message.target
         if (shape is not Shape.REQUEST and shape is not Shape.NOTIFICATION) or isinstance(target, Ask):
@@ -148,14 +144,7 @@ class Metrics:
         was_sent = exchange.was_sent
         tool = "" if not isinstance(target, Tool) else self._tool(target.name, failed=bool(error) or not was_sent)
         if shape is Shape.REQUEST:
-            principal, admission = exchange.principal, exchange.admission
-            caller = self._caller(None if principal is None else principal.workload)
-            key = (caller, tool, "allowed" if was_sent else "refused")
-            self._calls[key] = self._calls.get(key, 0) + 1  # bounded by those before
-            if admission is not None and admission.charges:
-                for charge in admission.charges:
-                    spent = (charge.name, caller, tool)
-                    self._spend[spent] = self._spend.get(spent, 0) + charge.cost
+            self._request(exchange, tool, "allowed" if was_sent else "refused")
         if was_sent:
             self._series(exchange, message, tool, error).observe(exchange.total_s, named)
 
@@ -209,6 +198,24 @@ class Metrics:
             if found is not None:
                 yield instrument, found if isinstance(found, Mapping) else {(): found}
 
+    def _remarks(self, exchange: Exchange) -> None:
+        self._hidden += exchange.hidden
+        for found in exchange.content:
+            rule = found.rule
+            self._content[rule.name, rule.action, rule.mode, found.where] += found.count
+        for each in exchange.shadow:
+            self._differences[each.policy, str(each.allowed).lower()] += 1
+
+    def _request(self, exchange: Exchange, tool: str, decision: str) -> None:
+        principal, admission = exchange.principal, exchange.admission
+        caller = self._caller("" if principal is None else text_of(principal.workload))
+        key = (caller, tool, decision)
+        self._calls[key] = self._calls.get(key, 0) + 1  # bounded, as callers and tools are
+        if admission is not None:
+            for charge in admission.charges:
+                spent = (charge.name, caller, tool)
+                self._spend[spent] = self._spend.get(spent, 0) + charge.cost
+
     def _refused(self, exchange: Exchange) -> None:
         refusal = exchange.refusal
         assert refusal is not None  # noqa: S101 - for the type checker: it is why we are here
@@ -237,13 +244,12 @@ class Metrics:
         self._tools.add(name)
         return name
 
-    def _caller(self, workload: object) -> str:
-        held = self._callers.get(workload)
-        if held is None:
+    def _caller(self, name: str) -> str:
+        if name not in self._callers:
             if len(self._callers) > MAX_CALLERS:
                 return OTHER
-            held = self._callers[workload] = str(workload)
-        return held
+            self._callers.add(name)
+        return name
 
 
 class Publisher:

@@ -25,6 +25,7 @@ from sidecar.errors import ConfigError
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES: Final = 4 * 2**20  # content can make a span large
+MAX_TEXTS: Final = 4096  # as many connections as a sidecar has at a time, and more
 MAX_ANSWER_BYTES: Final = 64 * 1024
 FLUSH_S: Final = 2.0  # deadline of the last request, on shutdown
 ATTEMPTS: Final = 5
@@ -39,6 +40,21 @@ ENVELOPES: Final[Mapping[Signal, tuple[bytes, bytes, bytes]]] = {
     "logs": (b"resourceLogs", b"scopeLogs", b"logRecords"),
 }
 _SCOPE: Final = encode({"name": "sidegate", "version": __version__})
+
+
+_texts: Final[dict[int, tuple[object, str]]] = {}  # by identity, which lasts as long as the object that is kept here
+
+
+def text_of(workload: object) -> str:
+    """Return str(*workload*), "" of None; a connection's is one object, and to hash it costs as much as half a span."""
+    held = _texts.get(id(workload))
+    if held is not None and held[0] is workload:
+        return held[1]
+    if len(_texts) >= MAX_TEXTS:
+        _texts.clear()
+    text = "" if workload is None else str(workload)
+    _texts[id(workload)] = workload, text
+    return text
 
 
 def attribute(key: str, value: str | int) -> bytes:

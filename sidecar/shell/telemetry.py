@@ -5,23 +5,22 @@ Decides nothing of its own; which receiver, which sampler and how often is what 
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import aiohttp
 
 from sidecar.config import Settings
-from sidecar.core.conventions import DROPPED, Instrument
+from sidecar.core.conventions import DROPPED
 from sidecar.core.otel import SIGNALS, Otel, Signal
 from sidecar.core.profile import Profile
 from sidecar.shell.logs import OtlpHandler, RequestLog
-from sidecar.shell.metrics import Metrics, Publisher, Reading
+from sidecar.shell.metrics import Gauges, Metrics, Publisher, Reading
 from sidecar.shell.otlp import Exporter
 from sidecar.shell.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
-Gauges = Sequence[tuple[Instrument, Callable[[], Reading | float | None]]]
 NOTHING_SAID: Final[tuple[Otel, Sequence[str]]] = (Otel(), ())
 
 

@@ -3,7 +3,7 @@
 Two for a message that was sent: SERVER toward the client, CLIENT toward the server, its child; one for a message that
 was refused, and one (CLIENT) in agent role. Names follow OpenTelemetry's semantic conventions for MCP (status
 Development, 2026); sidecar/core/spans.py is their table. Content is on spans only where the profile opts in, and
-redacted as in the audit trail. Written as bytes, of parts that most calls share: 3 us where the SDK takes 57 for one.
+redacted as in the audit trail. Written as text, of parts that most calls share: 3 us where the SDK takes 57 for one.
 """
 
 import random
@@ -21,14 +21,14 @@ from sidecar.core.trace import traceparent as written
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
 from sidecar.record import ABORTED, TOOL_ERROR, answer, arguments_of, cut, error_type
-from sidecar.shell.otlp import Receiver, attribute
+from sidecar.shell.otlp import Receiver, attribute, text_of
 
 MAX_VALUE_CHARS: Final = 2**20  # of an attribute: what `audit.max_bytes` allows at most
 SHORT_CHARS: Final = 256  # of what is kept for the next span
 SERVER: Final = 2  # opentelemetry.proto.trace.v1.Span.SpanKind
 CLIENT: Final = 3
-_ERROR: Final = b'{"code":2}'  # opentelemetry.proto.trace.v1.Status.StatusCode
-_UNSET: Final = b"{}"
+_ERROR: Final = '{"code":2}'  # opentelemetry.proto.trace.v1.Status.StatusCode
+_UNSET: Final = "{}"
 _OURS: Final = (Reason.UPSTREAM, Reason.FAULT, Reason.NOT_READY, Reason.PROVIDER)  # no fault of the caller's
 
 # As OpenTelemetry's SDK draws them: they tell spans apart, and keep no secret.
@@ -95,60 +95,49 @@ class Tracing:
 
 def spans(exchange: Exchange, profile: Profile, host: str) -> tuple[int, bytes]:
     """Return how many spans *exchange* has, and them in OTLP's JSON with commas between; the server is at *host*."""
-    message, trace_id = exchange.message, exchange.trace_id.encode()
-    name, said = (b'"unreadable"', ()) if message is None else _said(exchange, message)
+    message, outbound, was_sent = exchange.message, exchange.outbound, exchange.was_sent
+    name, said = ('"unreadable"', "") if message is None else _said(exchange, message)
     error, code = error_type(exchange), exchange.error_code
-    began_ns, ended_ns = exchange.started_ns, exchange.started_ns + int(exchange.total_s * 1e9)
-    outbound = exchange.outbound
-    parts = [
-        *said,
-        _outcome(error, code, "allowed" if exchange.was_sent else "refused"),
-        _caller(exchange),
-        *((_client(exchange.connection.client),) if message is None or not isinstance(message.target, Ask) else ()),
-        *(() if outbound is None else (_destination(outbound.host, outbound.port, outbound.server),)),
-    ]
-    if profile.telemetry.content and message is not None:
-        parts += _content(exchange, message, profile)
-    first = _SPAN % (
-        trace_id,
-        exchange.span_id.encode(),
-        b"" if exchange.parent_id is None else b'"parentSpanId":"%b",' % exchange.parent_id.encode(),
-        name,
-        SERVER if outbound is None else CLIENT,
-        began_ns,
-        ended_ns,
-        b",".join(filter(None, parts)),
-        b"" if exchange.link is None else _link(exchange),
-        _ERROR if _is_error(exchange) else _UNSET,
+    began_ns = exchange.started_ns
+    ended_ns = began_ns + int(exchange.total_s * 1e9)
+    is_asked = message is not None and isinstance(message.target, Ask)  # by the server, of the client
+    described = said + _outcome(error, code, "allowed" if was_sent else "refused") + _caller(exchange)
+    if not is_asked:
+        described += _client(exchange.connection.client)
+    if outbound is not None:
+        described += _destination(outbound.host, outbound.port, outbound.server)
+    if message is not None and profile.telemetry.content:
+        described += _content(exchange, message, profile)
+    parent = exchange.parent_id
+    first = (
+        f'{{"traceId":"{exchange.trace_id}","spanId":"{exchange.span_id}",'
+        f"{'' if parent is None else _PARENT % parent}"
+        f'"name":{name},"kind":{SERVER if outbound is None else CLIENT},'
+        f'"startTimeUnixNano":"{began_ns}","endTimeUnixNano":"{ended_ns}","attributes":[{described[1:]}],'
+        f'{"" if exchange.link is None else _link(exchange)}"status":{_ERROR if _is_error(exchange) else _UNSET}}}'
     )
-    if outbound is not None or message is None or not exchange.was_sent or isinstance(message.target, Ask):
-        return 1, first
+    if outbound is not None or not was_sent or is_asked:
+        return 1, first.encode()
     error, server = _of_server(exchange, error), profile.server
-    second = _SPAN % (
-        trace_id,
-        sent_id(exchange.span_id).encode(),
-        b'"parentSpanId":"%b",' % exchange.span_id.encode(),
-        name,
-        CLIENT,
-        began_ns + int((exchange.judged_s if exchange.sent_s is None else exchange.sent_s) * 1e9),
-        ended_ns,
-        b",".join(filter(None, (*said, _outcome(error, code, None), _server(host, server.port, server.transport)))),
-        b"",
-        _ERROR if error else _UNSET,
+    sent_ns = began_ns + int((exchange.judged_s if exchange.sent_s is None else exchange.sent_s) * 1e9)
+    described = said + _outcome(error, code, None) + _server(host, server.port, server.transport)
+    second = (
+        f',{{"traceId":"{exchange.trace_id}","spanId":"{sent_id(exchange.span_id)}","parentSpanId":"{exchange.span_id}",'
+        f'"name":{name},"kind":{CLIENT},"startTimeUnixNano":"{sent_ns}","endTimeUnixNano":"{ended_ns}",'
+        f'"attributes":[{described[1:]}],"status":{_ERROR if error else _UNSET}}}'
     )
-    return 2, first + b"," + second
+    return 2, (first + second).encode()
 
 
-_SPAN: Final = (
-    b'{"traceId":"%b","spanId":"%b",%b"name":%b,"kind":%d,"startTimeUnixNano":"%d","endTimeUnixNano":"%d",'
-    b'"attributes":[%b],%b"status":%b}'
-)
+_PARENT: Final = '"parentSpanId":"%s",'
 
 
-def _said(exchange: Exchange, message: Message) -> tuple[bytes, tuple[bytes, ...]]:
-    """Return the span's name, and what the message says of itself: the same on both sides."""
-    target = message.target
-    match target:
+def _said(exchange: Exchange, message: Message) -> tuple[str, str]:
+    """Return the span's name as JSON, and what the message says of itself: the same on both sides.
+
+    Attributes are text here, each with a comma in front.
+    """
+    match message.target:
         case Tool(name=label):
             kind = "tool"
         case Prompt(name=label):
@@ -162,14 +151,14 @@ def _said(exchange: Exchange, message: Message) -> tuple[bytes, tuple[bytes, ...
     name, described = describe(message.method, kind, label, version, session_id)
     request_id = message.id
     if request_id is None:
-        return name, (described,)
+        return name, described
     if isinstance(request_id, int):
-        return name, (described, b'{"key":"jsonrpc.request.id","value":{"stringValue":"%d"}}' % request_id)
-    return name, (described, attribute("jsonrpc.request.id", request_id[:SHORT_CHARS]))
+        return name, f'{described},{{"key":"jsonrpc.request.id","value":{{"stringValue":"{request_id}"}}}}'
+    return name, described + _joined([("jsonrpc.request.id", request_id[:SHORT_CHARS])])
 
 
 @lru_cache(maxsize=1024)
-def _described(method: str, kind: str, label: str, version: str, session_id: str) -> tuple[bytes, bytes]:
+def _described(method: str, kind: str, label: str, version: str, session_id: str) -> tuple[str, str]:
     """Return the name, `{method} {tool or prompt}`, and attributes; a URI is no name, each would be one of its own."""
     found = [("mcp.method.name", method)]
     short = cut(label) or ""
@@ -183,13 +172,13 @@ def _described(method: str, kind: str, label: str, version: str, session_id: str
         (key, value) for key, value in (("mcp.protocol.version", version), ("mcp.session.id", session_id)) if value
     ]
     name = f"{method} {short}" if kind in ("tool", "prompt") else method
-    return encode(name), _joined(found)
+    return encode(name).decode(), _joined(found)
 
 
-def _caller(exchange: Exchange) -> bytes:
+def _caller(exchange: Exchange) -> str:
     agent, principal = exchange.agent, exchange.principal
     user = None if principal is None else principal.user
-    workload = None if principal is None else principal.workload
+    workload = "" if principal is None else text_of(principal.workload)
     if user is None:
         return _who(exchange.revision, agent.session, agent.client_name, workload, "", "")
     tell = _who if len(user.id) <= SHORT_CHARS else _who.__wrapped__
@@ -197,14 +186,12 @@ def _caller(exchange: Exchange) -> bytes:
 
 
 @lru_cache(maxsize=512)
-def _who(
-    revision: str, session: str | None, client_name: str | None, workload: SpiffeId | None, user: str, issuer: str
-) -> bytes:
+def _who(revision: str, session: str | None, client_name: str | None, workload: str, user: str, issuer: str) -> str:
     found = (
         ("sidegate.policy.revision", revision),
         ("sidegate.agent.session", session),
         ("sidegate.agent.client_name", client_name),
-        ("sidegate.workload.spiffe_id", str(workload or "")),
+        ("sidegate.workload.spiffe_id", workload),
         ("sidegate.user.id", user),
         ("sidegate.user.issuer", issuer),
     )
@@ -212,7 +199,7 @@ def _who(
 
 
 @lru_cache(maxsize=512)
-def _client(client: str) -> bytes:
+def _client(client: str) -> str:
     address, _, port = client.rpartition(":")
     found: list[tuple[str, str | int]] = [("network.transport", "tcp"), ("network.protocol.name", "http")]
     if address:
@@ -221,9 +208,9 @@ def _client(client: str) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _server(host: str, port: int, transport: str) -> bytes:
+def _server(host: str, port: int, transport: str) -> str:
     if transport == "stdio":
-        return attribute("network.transport", "pipe")
+        return _joined([("network.transport", "pipe")])
     return _joined(
         [
             ("network.transport", "tcp"),
@@ -235,7 +222,7 @@ def _server(host: str, port: int, transport: str) -> bytes:
 
 
 @lru_cache(maxsize=512)
-def _destination(host: str, port: int, server: SpiffeId | None) -> bytes:
+def _destination(host: str, port: int, server: SpiffeId | None) -> str:
     found: list[tuple[str, str | int]] = [("server.address", cut(host) or ""), ("server.port", port)]
     if server is not None:
         found.append(("sidegate.peer.spiffe_id", str(server)))
@@ -243,7 +230,7 @@ def _destination(host: str, port: int, server: SpiffeId | None) -> bytes:
 
 
 @lru_cache(maxsize=512)
-def _outcome(error: str, code: int | None, decision: str | None) -> bytes:
+def _outcome(error: str, code: int | None, decision: str | None) -> str:
     found = (
         ("sidegate.decision", decision),
         ("error.type", error),
@@ -252,27 +239,27 @@ def _outcome(error: str, code: int | None, decision: str | None) -> bytes:
     return _joined([(key, value) for key, value in found if value])
 
 
-def _joined(found: Sequence[tuple[str, str | int]]) -> bytes:
-    return b",".join(attribute(key, value) for key, value in found)
+def _joined(found: Sequence[tuple[str, str | int]]) -> str:
+    return "".join("," + attribute(key, value).decode() for key, value in found)
 
 
-def _content(exchange: Exchange, message: Message, profile: Profile) -> list[bytes]:
+def _content(exchange: Exchange, message: Message, profile: Profile) -> str:
     """Return arguments and result, redacted and cut as in the audit trail: opt-in, since many read a collector."""
     audit, target = profile.audit, message.target
     if not isinstance(target, Tool):
-        return []
+        return ""
     arguments = arguments_of(exchange, target, audit).cut(audit.max_bytes)[:MAX_VALUE_CHARS]
-    found = [attribute("gen_ai.tool.call.arguments", arguments)]
+    found = [("gen_ai.tool.call.arguments", arguments)]
     result = answer(exchange, audit)
     if result is not None:
-        found.append(attribute("gen_ai.tool.call.result", result.cut(audit.max_bytes)[:MAX_VALUE_CHARS]))
-    return found
+        found.append(("gen_ai.tool.call.result", result.cut(audit.max_bytes)[:MAX_VALUE_CHARS]))
+    return _joined(found)
 
 
-def _link(exchange: Exchange) -> bytes:
+def _link(exchange: Exchange) -> str:
     """Return the link to the span that brought the HTTP request, where the message has a parent of its own."""
     link = exchange.link
-    return b"" if link is None else b'"links":[%b],' % encode({"traceId": link.trace_id, "spanId": link.parent_id})
+    return "" if link is None else f'"links":[{{"traceId":"{link.trace_id}","spanId":"{link.parent_id}"}}],'
 
 
 def _is_error(exchange: Exchange) -> bool:

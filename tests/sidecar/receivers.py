@@ -55,7 +55,8 @@ class HttpReceiver:
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         body = await request.read()  # aiohttp inflates it
         self.raw.append(gzip.decompress(body) if body.startswith(b"\x1f\x8b") else body)
-        self.bodies.append(json.loads(self.raw[-1]))
+        if request.content_type == "application/json":  # others speak protobuf
+            self.bodies.append(json.loads(self.raw[-1]))
         if self.hold is not None:
             await self.hold.wait()
         return web.Response(status=self.statuses.pop(0) if self.statuses else 200, text=self.answer)

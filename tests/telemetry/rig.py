@@ -11,7 +11,7 @@ from pathlib import Path
 from sidecar.config import Settings
 from sidecar.core.bundle import Bundle
 from sidecar.core.otel import read
-from sidecar.core.profile import Identity, Limit, PolicySet, Profile, Server, Telemetry
+from sidecar.core.profile import Identity, Limit, PolicySet, Profile, Quota, Server, Telemetry
 from sidecar.shell.app import App
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,7 @@ POLICY = b"""
 @id("everything") permit(principal, action, resource);
 @id("no-drops") forbid(principal, action == Action::"tools/call", resource) when { resource.name == "drop" };
 """
+TRIAL = b'permit(principal, action, resource) unless { resource.name == "add" };'
 
 
 def environment(service: str, base: str) -> dict[str, str]:
@@ -68,20 +69,29 @@ async def a_client(base: str, port: int, *, calls: int = 2) -> str:
 
 @asynccontextmanager
 async def a_sidecar(
-    variables: Mapping[str, str], server: int, folder: Path, telemetry: Telemetry | None = None
+    variables: Mapping[str, str],
+    server: int,
+    folder: Path,
+    *,
+    telemetry: Telemetry | None = None,
+    spiffe_socket: str = "",
 ) -> AsyncIterator[tuple[int, int]]:
     """The whole process but its main(), in front of *server*; give its port and that of its health."""
     profile = Profile(
         server=Server(namespace="pay", workload="billing", name="billing", port=server),
         identity=Identity(mtls="permissive", user="optional"),
-        limits=(Limit(name="per-tool", rate_per_s=1000, burst=1000, per=("tool",)),),
-        policies=(PolicySet(name="pay/tools", cedar=True),),
+        limits=(Limit(name="hourly", quotas=(Quota(amount=6, period="hour", warn_at_percent=(50,)),), per=("tool",)),),
+        policies=(
+            PolicySet(name="pay/tools", cedar=True),
+            PolicySet(name="pay/trial", path="sets/namespace/trial/", mode="shadow", cedar=True),
+        ),
         telemetry=telemetry or Telemetry(),
     )
-    bundle = Bundle(revision="r1", files={"cedar/all.cedar": POLICY}, profile=profile)
+    files = {"cedar/all.cedar": POLICY, "sets/namespace/trial/cedar/all.cedar": TRIAL}
+    bundle = Bundle(revision="r1", files=files, profile=profile)
     settings = Settings(
         listen_host="127.0.0.1", listen_port=0, health_host="127.0.0.1", health_port=0, drain_s=1.0, pod="billing-7f",
-        audit_sink=str(folder / "audit.jsonl"),
+        audit_sink=str(folder / "audit.jsonl"), spiffe_socket=spiffe_socket,
     )  # fmt: skip
     listening: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as tasks:

@@ -89,7 +89,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             async with (
                 a_server(base) as server,
-                a_sidecar(variables, server, folder, Telemetry(content=True)) as (port, _),
+                a_sidecar(variables, server, folder, telemetry=Telemetry(content=True)) as (port, _),
             ):
                 await a_client(base, port)
 
@@ -105,7 +105,7 @@ def test_every_span_keeps_to_the_conventions(written: Path) -> None:
     calls = [each for each in spans if each["name"] == "tools/call add"]
     (denied,) = (each for each in spans if each["name"] == "tools/call drop")
 
-    assert sorted(each["kind"] for each in calls) == [SERVER] * 2 + [CLIENT] * 2
+    assert sorted(each["kind"] for each in calls) == [SERVER] * 3 + [CLIENT] * 3
     for span in spans:
         found = values(span)
         typed = {each["key"]: next(iter(each["value"])) for each in span["attributes"]}
@@ -116,7 +116,7 @@ def test_every_span_keeps_to_the_conventions(written: Path) -> None:
         assert int(span["startTimeUnixNano"]) <= int(span["endTimeUnixNano"])
     assert all(values(each).items() >= OF_A_TOOL.items() for each in calls)
     content = [values(each)["gen_ai.tool.call.arguments"] for each in calls if each["kind"] == SERVER]
-    assert [json.loads(each)["b"] for each in content] == [2, 2]
+    assert [json.loads(each)["b"] for each in content] == [2, 2, 2]
     assert values(denied)["error.type"] == "denied"
     assert denied["kind"] == SERVER
     assert denied.get("status", {}) == {}  # what the caller did wrong is no error of the server
