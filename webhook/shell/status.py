@@ -1,6 +1,6 @@
 """Write what is so of each custom resource into its status, by the one replica that holds the Lease.
 
-Only what has changed is written, at most MAX_WRITES a step; mere counts of pods wait SETTLE_S after the last write of
+Only what has changed is written, at most MAX_WRITES a second; mere counts of pods wait SETTLE_S after the last write of
 that resource, so that a roll-out of ten thousand pods is a few writes. A policy that no bundle proves to compile is
 compiled by itself, once for each generation, and is believed what its status says already.
 """
@@ -35,7 +35,7 @@ PODS_AT_ONCE: Final = 1000  # 5 ms, then the loop serves others
 RESOURCES_AT_ONCE: Final = 200  # 4 ms
 SETTLE_S: Final = 5.0
 ECHO_S: Final = 10.0  # until what was written is seen again; then it is written again
-MAX_WRITES: Final = 20  # a step
+MAX_WRITES: Final = 20  # a second
 MAX_TRIALS: Final = 4  # a step; each may take seconds
 TRIAL_TIMEOUT_S: Final = 10.0
 MANAGER: Final = "sidegate-status"
@@ -87,7 +87,10 @@ class Statuses:
                 else:
                     self._written.clear()
                     self._metrics.reporting_pods.set(0)
-                await asyncio.sleep(PERIOD_S + len(self._controller.sources) / PODS_PER_S)
+                await asyncio.sleep(self._period_s())
+
+    def _period_s(self) -> float:
+        return PERIOD_S + len(self._controller.sources) / PODS_PER_S
 
     async def step(self, session: aiohttp.ClientSession, now: datetime) -> int:
         """Write what is due; returns how many were written. Raises KubeError."""
@@ -99,12 +102,12 @@ class Statuses:
         for source in (self._written.keys() | self._trials.keys()) - held.keys():
             self._written.pop(source, None)
             self._trials.pop(source, None)
-        written = 0
+        written, most = 0, int(MAX_WRITES * self._period_s())
         for number, (source, each) in enumerate(held.items()):
             if number % RESOURCES_AT_ONCE == 0:
                 await asyncio.sleep(0)
             wanted = self._wanted(source, each, tallies.get(source, Tally()), now)
-            if wanted is None or written >= MAX_WRITES:
+            if wanted is None or written >= most:
                 continue
             await self._write(source, wanted, now)
             written += 1
