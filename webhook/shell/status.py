@@ -102,7 +102,7 @@ class Statuses:
         for source in (self._written.keys() | self._trials.keys()) - held.keys():
             self._written.pop(source, None)
             self._trials.pop(source, None)
-        written, most = 0, int(MAX_WRITES * self._period_s())
+        written, most = 0, max(1, int(MAX_WRITES * self._period_s()))
         for number, (source, each) in enumerate(held.items()):
             if number % RESOURCES_AT_ONCE == 0:
                 await asyncio.sleep(0)
