@@ -38,7 +38,7 @@ from sidecar.shell.egress_listener import EgressListener
 from sidecar.shell.health import Health
 from sidecar.shell.lifetimes import Lifetimes
 from sidecar.shell.listener import Listener
-from sidecar.shell.metrics import Reading
+from sidecar.shell.metrics import Gauges, Reading
 from sidecar.shell.oauth import OAuthClient
 from sidecar.shell.probes import decode as decode_probes
 from sidecar.shell.providers import Providers
@@ -49,7 +49,7 @@ from sidecar.shell.shipping import Shipping, opened
 from sidecar.shell.snapshot import Snapshots
 from sidecar.shell.stdio import Stdio
 from sidecar.shell.svid import WorkloadIdentity
-from sidecar.shell.telemetry import NOTHING_SAID, Gauges, Telemetry
+from sidecar.shell.telemetry import NOTHING_SAID, Telemetry
 from sidecar.shell.trail import File, Output
 from sidecar.shell.upstream import Upstream
 from sidecar.shell.ways import Ways
