@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, Self
 
+import msgspec
+
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffeId
-from sidecar.config import PREFIX, Capture, LogLevel, ShipFormat, number, port_number, setting_of
+from sidecar.config import PREFIX, Capture, LogLevel, RequestLines, ShipFormat, number, port_number, setting_of
 from sidecar.config import Settings as SidecarSettings
 from sidecar.core.profile import Audit, Telemetry
 from sidecar.core.store import read_address
@@ -59,6 +61,17 @@ def _prefixes(text: str) -> tuple[str, ...]:
         if not re.fullmatch(r"https?://[^/?#@\s]+/[^?#@%\s]*", prefix):
             raise ValueError("beginnings of URLs with a slash after the host, such as https://bundles.example.org/mcp/")
     return _names(text)
+
+
+def _otel(text: str) -> tuple[tuple[str, str], ...]:
+    expected = 'OTEL_* variables as a JSON object of strings, such as {"OTEL_TRACES_SAMPLER":"always_off"}'
+    try:
+        found = msgspec.json.decode(text, type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError(expected) from None
+    if not all(re.fullmatch("OTEL_[A-Z_]+", name) for name in found):
+        raise ValueError(expected)
+    return tuple(sorted(found.items()))
 
 
 def _spiffe_id(text: str) -> str:
@@ -161,8 +174,23 @@ class Settings:
     sidecar_cpu_limit: int = setting_of(quantity.parse_cpu, "CPU that a sidecar may use.", default=1000)
     sidecar_memory: int = setting_of(quantity.parse_memory, "Memory reserved for a sidecar.", default=96 * 2**20)
     sidecar_memory_limit: int = setting_of(quantity.parse_memory, "Memory that a sidecar may use.", default=256 * 2**20)
+    server_limits: Literal["default", "require", "off"] = setting_of(
+        _one_of("default", "require", "off"),
+        "What becomes of servers' containers without limits: they get these, are refused, or are left as they are.",
+        default="default",
+    )
+    server_cpu: int = setting_of(quantity.parse_cpu, "CPU reserved for such a container.", default=50)
+    server_cpu_limit: int = setting_of(quantity.parse_cpu, "CPU that it may use.", default=2000)
+    server_memory: int = setting_of(quantity.parse_memory, "Memory reserved for it.", default=128 * 2**20)
+    server_memory_limit: int = setting_of(quantity.parse_memory, "Memory that it may use.", default=2 * 2**30)
     sidecar_log_level: str = setting_of(
         _one_of(*LogLevel), "Least severe log record that sidecars write.", default="info"
+    )
+    sidecar_request_log: str = setting_of(
+        _one_of(*RequestLines), "Of which messages sidecars log a line: all, refused or off.", default="all"
+    )
+    sidecar_otel: tuple[tuple[str, str], ...] = setting_of(
+        _otel, "OTEL_* variables of sidecars, as a JSON object (otel-variables.md).", default=()
     )
     bundle_max_age_s: float = setting_of(
         number(0, 2**31),
@@ -292,6 +320,7 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
         capture=Capture(settings.capture),
         weakest_capture=Capture(settings.weakest_capture),
         excluded_namespaces=frozenset({*settings.excluded_namespaces, settings.namespace}),
+        otel=settings.sidecar_otel,
         sidecar=SidecarSettings(
             spiffe_hint=settings.spiffe_hint,
             spiffe_socket=f"unix:{SPIFFE_DIR}/{settings.spiffe_socket.rpartition('/')[2]}",  # one driver serves both
@@ -305,6 +334,7 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
             limits_store_ca=settings.limits_store_ca,
             limits_store_timeout_s=settings.limits_store_timeout_s,
             log_level=LogLevel(settings.sidecar_log_level),
+            request_log=RequestLines(settings.sidecar_request_log),
             **_trail(settings),
         ),
         amounts=Amounts(
@@ -312,6 +342,13 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
             cpu_limit_m=settings.sidecar_cpu_limit,
             memory_bytes=settings.sidecar_memory,
             memory_limit_bytes=settings.sidecar_memory_limit,
+        ),
+        server_limits=settings.server_limits,
+        server_amounts=Amounts(
+            cpu_m=settings.server_cpu,
+            cpu_limit_m=settings.server_cpu_limit,
+            memory_bytes=settings.server_memory,
+            memory_limit_bytes=settings.server_memory_limit,
         ),
     )
 

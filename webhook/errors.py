@@ -19,6 +19,7 @@ class DenyCode(StrEnum):
     CONTAINER_UNKNOWN = "container_unknown"  # nothing says which container is the stdio server
     COMMAND_UNKNOWN = "command_unknown"  # of a stdio server; the image's own is not seen at admission
     PORT_UNRESOLVED = "port_unresolved"  # a probe names a port that its container does not have
+    LIMITS_MISSING = "limits_missing"  # of a server's container, where the cluster requires them
     ROLE_CONFLICT = "role_conflict"  # agent and server at once
     AGENT_WITHOUT_SERVERS = "agent_without_servers"  # no profile says which servers an agent calls
     PROXY_TAKEN = "proxy_taken"  # the application has a proxy of its own, where capture needs the variable

@@ -9,7 +9,7 @@ Source: KEP-753 (native sidecars: only a startup probe holds the next container 
 import functools
 import hashlib
 from dataclasses import dataclass, fields, replace
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -65,6 +65,7 @@ class Amounts:
         }
 
 
+SERVER_AMOUNTS: Final = Amounts(cpu_m=50, cpu_limit_m=2000, memory_bytes=128 * 2**20, memory_limit_bytes=2 * 2**30)
 NET_AMOUNTS: Final = Amounts(cpu_m=10, cpu_limit_m=200, memory_bytes=16 * 2**20, memory_limit_bytes=64 * 2**20)
 
 
@@ -81,8 +82,11 @@ class Template:
     capture: Capture = Capture.REDIRECT
     weakest_capture: Capture = Capture.REDIRECT
     excluded_namespaces: frozenset[str] = frozenset()
+    otel: tuple[tuple[str, str], ...] = ()  # variables of sidecars, sorted
     sidecar: Settings
     amounts: Amounts
+    server_limits: Literal["default", "require", "off"] = "off"  # of the application's containers, without their own
+    server_amounts: Amounts = SERVER_AMOUNTS
 
     @property
     def hash(self) -> str:
@@ -159,6 +163,7 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
             _from_pod("NAMESPACE", "metadata.namespace"),
             _from_pod("POD", "metadata.name"),
             *({"name": name, "value": value} for name, value in sorted(settings.to_env().items())),
+            *({"name": name, "value": value} for name, value in template.otel),
             *_store_password(template, plan),
         ],
         "ports": [

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from sidecar.config import Capture, Role
-from webhook.core import annotations, container, obstacles, patch, probes, quantity, relay
+from webhook.core import annotations, bounds, container, obstacles, patch, probes, quantity, relay
 from webhook.core import pod as pods
 from webhook.core.annotations import GROUP, Overrides
 from webhook.core.container import Plan, Template
@@ -182,6 +182,8 @@ def _plan(
 ) -> tuple[patch.Injection, Plan, JSON]:
     """Return what to put in, how it was decided, and the pod without anything of ours. Raises Denial."""
     bare_raw, bare = _bare(raw, seen)
+    bare_raw = bounds.bounded(bare_raw, bare, template)
+    bare = pods.read(bare_raw)
     asked = annotations.read(bare.annotations)
     capture = _capture(asked, profile, template)
     obstacles.refuse(bare, capture)
