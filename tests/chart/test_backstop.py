@@ -283,6 +283,9 @@ FORGERIES: dict[str, tuple[str, Callable[[JSON], object]]] = {
         {"name": "SIDEGATE_CONTROL_PLANE_ID", "value": "spiffe://example.org/ns/team/sa/mine"}
     )),
     "python-path": ("environment", lambda pod: container(pod)["env"].append({"name": "PYTHONPATH", "value": "/srv"})),
+    "telemetry-elsewhere": ("environment", lambda pod: container(pod)["env"].append(
+        {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://mine.team:4318"}
+    )),
     "own-agent-socket": ("SPIFFE Workload API", _volume("sidegate-spiffe", {"emptyDir": {}})),
     "own-cache": ("SPIFFE Workload API", _volume("sidegate-cache", {"configMap": {"name": "mine"}})),
     "second-agent-socket": ("SPIFFE Workload API", _volume("own", {"csi": {"driver": "csi.spiffe.io", "readOnly": True}})),
@@ -432,8 +435,14 @@ def test_nobody_enters_the_sidecar(api: ApiServer, live: str) -> None:
     assert "does not have a host assigned" in connect(api, glass, "portforward", "ports=8080")
 
 
-STRICT = ("backstop.debug.exec=deny", "backstop.debug.groups={oncall}", "backstop.rawSockets=deny", "capture.weakest=remap",
-          "backstop.namespaceGroups={system:masters}")  # fmt: skip
+STRICT = (
+    "backstop.debug.exec=deny",
+    "backstop.debug.groups={oncall}",
+    "backstop.rawSockets=deny",
+    "backstop.namespaceGroups={system:masters}",
+    "capture.weakest=remap",
+    "telemetry.otel.OTEL_TRACES_SAMPLER=always_off",
+)
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +456,8 @@ def strict(api: ApiServer) -> str:
 
 def test_the_operator_chooses(api: ApiServer, strict: str) -> None:
     """Each value does what it says, in the namespaces of its release alone."""
-    template = replace(of_release("strict"), capture=Capture.REMAP, weakest_capture=Capture.REMAP)
+    otel = (("OTEL_TRACES_SAMPLER", "always_off"),)
+    template = replace(of_release("strict"), capture=Capture.REMAP, weakest_capture=Capture.REMAP, otel=otel)
     pod = a_pod(SERVER)
     loose = injected(pod, template=template)
     pod["spec"]["containers"][0]["securityContext"] = {"capabilities": {"drop": ["NET_RAW"]}}
