@@ -9,6 +9,7 @@ the change over, and includes compiling. Connections are opened at a bounded rat
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from certs.embedded import EmbeddedDomain
 from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.svid import X509Snapshot
 from certs.tls import MutualClient, MutualServer
-from sidecar.shell.bundles import REPORT_S
+from webhook.__main__ import GC_THRESHOLDS
 from webhook.core import resources
 from webhook.core.effective import Defaults
 from webhook.core.signing import SigningKeys
@@ -74,6 +75,7 @@ def pod(number: int, workloads: int) -> dict[str, Any]:
 
 async def serve(pods: int, workloads: int, socket_path: str) -> None:
     """Be the control plane; what is written to standard input says what happens, one line each."""
+    gc.set_threshold(*GC_THRESHOLDS)
     domain = EmbeddedDomain(DOMAIN)
     server = MutualServer()
     server.follow(_identity(domain, PLANE))
@@ -163,7 +165,8 @@ class Sidecars:
                 self.arrived.append(time.monotonic())
                 self.bytes += len(body)
                 etag, revision = known, known.strip('"').partition(".")[0]
-                await asyncio.sleep(random.uniform(REPORT_S / 2, REPORT_S))  # noqa: S311 - as the sidecar does
+                within_s = float(_header(head, "sidegate-report-within"))
+                await asyncio.sleep(random.uniform(within_s / 2, within_s))  # noqa: S311 - as the sidecar does
             elif status != "304":
                 raise RuntimeError(head)
 

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Final
 
 import uvloop
 
@@ -18,10 +20,13 @@ from webhook.shell import opa
 from webhook.shell.app import App
 from webhook.shell.kube import Kube
 
+GC_THRESHOLDS: Final = (50_000, 20, 100)  # a full collection looks at every object of 10,000 connections
+
 
 async def serve(settings: Settings) -> None:
     """Run the control plane until SIGTERM or SIGINT. Raises KubeError when there are no credentials."""
     stop = asyncio.Event()
+    gc.set_threshold(*GC_THRESHOLDS)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

@@ -32,12 +32,13 @@ POLL_S: Final = 30  # how long the control plane may hold a request while nothin
 ANSWER_S: Final = 15.0  # beyond that, for the answer itself
 RETRY_S: Final = (0.5, 30.0)  # first and longest wait after a failure
 NO_IDENTITY_S: Final = 0.5  # between looks for our own SVID, which costs nobody anything
-REPORT_S: Final = 1.0  # longest time until a new bundle is reported: all sidecars of a change would ask at once again
+MAX_REPORT_S: Final = 30.0  # the longest that the control plane may let us wait before we report a new bundle
 REFUSED_S: Final = 300.0  # after that a refused bundle is tried again: the compiler may have had no time
 HELD_S: Final = 1.0  # a server that says "not modified" sooner does not hold requests, and is asked every POLL_S
 LAST_GOOD: Final = "bundle.tar.gz"
 MAX_TEXT_BYTES: Final = 256  # of an error that the control plane answers with, and of one that it is told
 REVISION_HEADER: Final = "Sidegate-Bundle-Revision"  # of each question: what is in force
+WITHIN_HEADER: Final = "Sidegate-Report-Within"  # of an answer: seconds over which reports are to be spread
 ERROR_HEADER: Final = "Sidegate-Bundle-Error"  # why the last bundle offered is not
 
 
@@ -98,6 +99,7 @@ class BundleSource:
         self._must_reconnect = False  # the next question should reach another replica
         self._confirmed_at_s: float | None = None  # monotonic
         self._wall, self._clock = wall, clock
+        self._report_within_s = 0.0
         self.refusals = 0
         self.detail = "not asked yet"
 
@@ -138,7 +140,7 @@ class BundleSource:
             failures = 0
             self.detail = f"bundle refused: {self._refused}" if self._refused else "confirmed"
             if changed:
-                await _pause(REPORT_S)
+                await _pause(self._report_within_s)
             elif self._clock() - asked_s < HELD_S:
                 await _pause(POLL_S)
 
@@ -164,6 +166,7 @@ class BundleSource:
             raise PullError(f"{self._url}: {str(error) or type(error).__name__}") from error
         if status == 200:
             self._etag = answered.get("ETag")
+            self._report_within_s = _seconds(answered.get(WITHIN_HEADER, ""))
             return await self._take(data)
         if status != 304:
             wait = answered.get("Retry-After", "")
@@ -279,6 +282,14 @@ def _place(stamp: Stamp) -> str:
 async def _pause(longest_s: float) -> None:
     """Wait at most *longest_s*; sidecars that started together must not ask together."""
     await asyncio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311 - not a secret
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds in *text*, at most MAX_REPORT_S; 0 when it says none."""
+    try:
+        return min(MAX_REPORT_S, max(0.0, float(text)))
+    except ValueError:
+        return 0.0
 
 
 def _header_text(text: str) -> str:

@@ -48,7 +48,6 @@ HOUR_S = 3600.0
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_S", (0.001, 0.01))
     monkeypatch.setattr(module, "NO_IDENTITY_S", 0.001)
-    monkeypatch.setattr(module, "REPORT_S", 0.0)
 
 
 def files(number: int, *, workload: str = "billing") -> dict[str, bytes]:

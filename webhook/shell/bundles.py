@@ -25,6 +25,8 @@ from webhook.shell.metrics import Metrics
 
 MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
 MAX_WAIT_S: Final = 60.0  # below the idle limits of proxies and NATs on the way
+REPORTS_PER_S: Final = 2000.0  # so many sidecars may report a new bundle in a second; small clusters do at once
+WITHIN_HEADER: Final = "Sidegate-Report-Within"
 RETRY_AFTER_S: Final = "1"
 _WAIT: Final = re.compile(r"(?:^|[;,\s])wait=([0-9]{1,4})(?:$|[;,\s])", re.ASCII)
 
@@ -183,6 +185,7 @@ class BundleEndpoint:
         headers = {"ETag": f'"{etag}"'}
         if etag == known:
             return web.Response(status=304, headers=headers)
+        headers[WITHIN_HEADER] = f"{len(self._bundles) / REPORTS_PER_S:.2f}"
         data = self._bundles.signed(entry, entry.published)
         return web.Response(body=data, content_type=MEDIA_TYPE, headers=headers)
 

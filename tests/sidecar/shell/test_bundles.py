@@ -73,6 +73,7 @@ class FakeControlPlane:
         self.status = 200
         self.text = "not today"
         self.retry_after: str | None = None
+        self.within: str | None = None
         self.holds = True  # a request whose ETag is current waits, as Prefer asks
         self.changed = asyncio.Event()
         self.asked: list[web.BaseRequest] = []
@@ -97,7 +98,8 @@ class FakeControlPlane:
                 await self.changed.wait()
             if request.headers.get("If-None-Match") == self.etag:
                 return web.Response(status=304, headers={"etag": self.etag})
-        return web.Response(body=self.data, headers={} if self.etag is None else {"etag": self.etag})
+        said = {"etag": self.etag, "Sidegate-Report-Within": self.within}
+        return web.Response(body=self.data, headers={name: value for name, value in said.items() if value is not None})
 
     def publish(self, data: bytes, etag: str) -> None:
         """Serve *data* from now on, also to those who wait."""
@@ -137,7 +139,6 @@ SETTINGS = Settings(
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_S", (0.001, 0.01))
     monkeypatch.setattr(module, "NO_IDENTITY_S", 0.001)
-    monkeypatch.setattr(module, "REPORT_S", 0.0)
 
 
 @asynccontextmanager
@@ -217,6 +218,26 @@ async def test_each_question_reports_what_is_in_force_and_what_was_refused() -> 
     ]
     first, third = sidecar.revisions
     assert said == [(None, None), (first, None), (first, "policy.wasm: does not load"), (third, None)]
+
+
+@pytest.mark.parametrize(("said", "expected"), [("2.5", 2.5), ("1e9", 30.0), ("-1", 0.0), ("soon", 0.0), (None, 0.0)])
+async def test_control_plane_says_over_how_long_reports_are_spread(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, expected: float
+) -> None:
+    """Thousands of sidecars that get a bundle at once must not ask again at once."""
+    pauses: list[float] = []
+
+    async def _pause(longest_s: float) -> None:
+        pauses.append(longest_s)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(module, "_pause", _pause)
+    plane = FakeControlPlane()
+    plane.within = said
+    async with _pulling(plane, Sidecar()):
+        await eventually(lambda: pauses, what="pause")
+
+    assert pauses[0] == expected
 
 
 async def test_report_is_printable_and_short() -> None:
@@ -359,7 +380,7 @@ async def test_server_that_does_not_hold_requests_is_not_pressed(monkeypatch: py
         async with _pulling(plane, sidecar):
             await eventually(lambda: len(pauses) >= 3, what="pauses")
 
-        assert pauses[0] == module.REPORT_S
+        assert pauses[0] == 0
         assert set(pauses[1:]) == {module.POLL_S}
         assert sidecar.numbers == [1]
 

@@ -116,6 +116,7 @@ async def test_pod_gets_its_bundle(plane: Plane) -> None:
     status, media_type, body, headers = await plane.ask()
 
     assert (status, media_type, body, headers["ETag"]) == (200, MEDIA_TYPE, b"one", '"r1"')
+    assert headers["Sidegate-Report-Within"] == "0.00"  # of ten thousand pods, it is five seconds
 
 
 async def test_known_revision_is_not_sent_again(plane: Plane) -> None:
