@@ -83,6 +83,7 @@ async def a_prometheus(folder: Path, targets: Mapping[str, int]) -> AsyncIterato
     jobs = [
         {
             "job_name": name,
+            "honor_labels": name == "control-plane",  # as its PodMonitor
             "static_configs": [{"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "pay", "pod": f"{name}-7f"}}],
         }
         for name, port in targets.items()
@@ -149,7 +150,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
                 a_prometheus(folder, {"sidecar": health, "control-plane": control_plane}) as prometheus,
                 aiohttp.ClientSession() as session,
             ):
-                while not await _ask(session, prometheus, "query", query="sidegate_ready == 1"):
+                while not await _ask(session, prometheus, "query", query="sidegate_ready == 1"):  # noqa: ASYNC110 - real
                     await asyncio.sleep(0.2)
                 for _ in range(2):  # a rate needs what was there before
                     await a_client(base, port, calls=5)
@@ -217,7 +218,7 @@ def test_exemplars_lead_from_a_bucket_to_a_trace(answers: Mapping[str, Any]) -> 
 
 
 def test_rules_are_well_formed_and_fire_on_their_faults() -> None:
-    """promtool reads the rules, and finds each alert where alerts.yaml has a fault, and nowhere else."""
+    """The rules are read by promtool which finds each alert where alerts.yaml has a fault, and nowhere else."""
     promtool = part("prometheus") / "promtool"
     for command in (("check", "rules", RULES), ("test", "rules", ROOT / "tests" / "telemetry" / "alerts.yaml")):
         done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - the part

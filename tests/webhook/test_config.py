@@ -95,3 +95,20 @@ def test_sidecars_learn_the_limits_store_and_may_reach_it() -> None:
 
     assert (made.sidecar.limits_store, made.limits_store_secret) == (url, "limits-store")
     assert surroundings(settings).urls == ("redis://a.limits:26379", "redis://[fd00::1]:27000")
+
+
+@pytest.mark.parametrize("value", ["x", "[]", '{"PATH": "/bin"}', '{"OTEL_SDK_DISABLED": true}'])
+def test_variables_of_sidecars_are_a_json_object(value: str) -> None:
+    """Nothing but OTEL_* variables can be slipped into every pod."""
+    with pytest.raises(BadSetting, match=r"SIDEGATE_SIDECAR_OTEL.*expected OTEL_\* variables as a JSON object"):
+        Settings.from_env(ID | {"SIDEGATE_SIDECAR_OTEL": value})
+
+
+def test_sidecars_get_the_variables_of_the_operator() -> None:
+    """As they stand; which ones are honoured is the sidecar's to say."""
+    variables = '{"OTEL_TRACES_SAMPLER":"always_off","OTEL_LOGS_EXPORTER":"otlp"}'
+    settings = Settings.from_env(ID | {"SIDEGATE_SIDECAR_OTEL": variables, "SIDEGATE_SIDECAR_REQUEST_LOG": "refused"})
+    made = template(settings, "0.1.0", "")
+
+    assert made.otel == (("OTEL_LOGS_EXPORTER", "otlp"), ("OTEL_TRACES_SAMPLER", "always_off"))
+    assert made.sidecar.request_log == "refused"

@@ -359,4 +359,6 @@ def _telemetry(profile: ServerProfileSpec | None, default: Telemetry) -> Telemet
     if profile is None:
         return default
     wish = profile.telemetry
-    return Telemetry(otlp_endpoint=wish.otlp_endpoint or default.otlp_endpoint, content=wish.content)
+    return Telemetry(
+        otlp_endpoint=wish.otlp_endpoint or default.otlp_endpoint, content=wish.content, sample_ratio=wish.sample_ratio
+    )

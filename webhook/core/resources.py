@@ -144,10 +144,11 @@ class AuditSpec(Record, frozen=True, kw_only=True):
 
 
 class TelemetrySpec(Record, frozen=True, kw_only=True):
-    """Where spans go."""
+    """Where telemetry goes, and how much of it."""
 
     otlp_endpoint: str | None = None
     content: bool = False
+    sample_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
 
 
 class PeerSpec(Record, frozen=True, kw_only=True):

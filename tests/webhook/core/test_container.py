@@ -134,3 +134,14 @@ def test_servers_learn_the_password_of_the_limits_store_from_their_namespace() -
         "secretKeyRef": {"name": "limits-store", "key": "password", "optional": True}
     }
     assert not [name for name in agent if "LIMITS_STORE" in name]
+
+
+def test_sidecar_alone_gets_the_variables_of_telemetry() -> None:
+    """The application's own OpenTelemetry is not ours to set up."""
+    template = replace(TEMPLATE, otel=(("OTEL_TRACES_SAMPLER", "always_off"),))
+    made = container.init_containers(template, a_plan())
+    having = [
+        each["name"] for each in made if {"name": "OTEL_TRACES_SAMPLER", "value": "always_off"} in each.get("env", ())
+    ]
+
+    assert having == [container.SIDECAR]
