@@ -109,6 +109,7 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.decisions
+	$(BIN)/python -m bench.audit
 	$(BIN)/python -m bench.admission
 
 docs: $(READY)
