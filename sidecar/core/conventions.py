@@ -126,6 +126,7 @@ CONTENT: Final = _count("content_matches", "{match}", "What content rules found.
 IN_FLIGHT: Final = _gauge("in_flight", "{message}", "Messages under way.")
 BUNDLE_INFO: Final = _gauge("bundle.info", "", "The policy bundle in force.", "revision")
 BUNDLE_AGE: Final = _gauge("bundle.age", "s", "Time since the control plane last confirmed the bundle.")
+BUNDLE_REFUSALS: Final = _count("bundle.refusals", "{bundle}", "Bundles that were offered and refused; the one before stays in force.")  # fmt: skip # noqa: E501
 SVID_EXPIRY: Final = _gauge("svid.expiry_timestamp", "s", "Unix time at which the SVID in use expires.")
 READY: Final = _gauge("ready", "", "1: ready for calls; 0: not, and /readyz says why.")
 AUDIT_FAILURES: Final = _count("audit_failures", "{write}", "Failed audit writes.")
@@ -138,8 +139,8 @@ QUESTIONS: Final = _count("provider_questions", "{question}", "Questions to iden
 
 INSTRUMENTS: Final[tuple[Instrument, ...]] = (
     SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, SPEND, LIMITED, OVER, WARNINGS, FALLBACKS,
-    STORE_UNANSWERED, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT, IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, SVID_EXPIRY,
-    AUDIT_FAILURES, AUDIT_LOST, AUDIT_SHIPPED, AUDIT_RETRIES, AUDIT_WAITING, DROPPED, QUESTIONS,
+    STORE_UNANSWERED, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT, IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, BUNDLE_REFUSALS,
+    SVID_EXPIRY, AUDIT_FAILURES, AUDIT_LOST, AUDIT_SHIPPED, AUDIT_RETRIES, AUDIT_WAITING, DROPPED, QUESTIONS,
 )  # fmt: skip
 
 # Field, type, meaning; `?`: left out when not known. One line for each message, and nothing that a caller may keep private.

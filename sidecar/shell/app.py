@@ -333,6 +333,7 @@ class App:
             (conventions.READY, lambda: 0 if self.conditions() else 1),
             (conventions.BUNDLE_INFO, self._revision),
             (conventions.BUNDLE_AGE, lambda: None if self._bundles is None else self._bundles.age_s),
+            (conventions.BUNDLE_REFUSALS, lambda: None if self._bundles is None else self._bundles.refusals),
             (conventions.SVID_EXPIRY, self._svid_expiry_s),
             (conventions.AUDIT_FAILURES, lambda: self._audit.failures),
             (conventions.AUDIT_LOST, lambda: self._audit.lost),
