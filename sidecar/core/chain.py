@@ -24,7 +24,11 @@ TORN: Final = 16  # bytes of a line that was begun anew; fewer could be anybody'
 # Path, type, meaning: what each line ends in.
 FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("chain", "object", "The line's place, which is not the message's."),
-    ("chain.id", "string", "One life of one sidecar, 32 random hex digits. With `seq` it names a line that came twice."),
+    (
+        "chain.id",
+        "string",
+        "One life of one sidecar, 32 random hex digits. With `seq` it names a line that came twice.",
+    ),
     ("chain.seq", "integer", "The line's place in it, from 1."),
     ("chain.prev", "string", "SHA-256 of the line before, without its newline; zeros before the first of a stream."),
 )
