@@ -39,11 +39,8 @@ ARTICLE = (REPOSITORY / "examples" / "article" / "rego" / "article.rego").read_t
 # Asks as anybody would who has no identity. Whatever comes back came from a listener; silence is an error's name.
 KNOCK = """
 import sys, urllib.error, urllib.request
-body = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
-headers = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
-request = urllib.request.Request(f"http://{sys.argv[1]}:{sys.argv[2]}/mcp", data=body, headers=headers)
 try:
-    print(urllib.request.urlopen(request, timeout=3).status)
+    print(urllib.request.urlopen(f"http://{sys.argv[1]}:{sys.argv[2]}/mcp", timeout=3).status)
 except urllib.error.HTTPError as error:
     print(error.code, error.read().decode()[:300])
 except OSError as error:
@@ -194,9 +191,9 @@ class Governed:
         prefix = ("--namespace", "agents", "exec", "--stdin", "deployment/agent", "--container=agent", "--")
         return self.cluster.kubectl(*prefix, *command, input=given or "", timeout_s=timeout_s)
 
-    def knock(self, namespace: str, name: str, host: str, port: int) -> str:
+    def knock(self, namespace: str, name: str, host: str, port: int, *, within: str = "") -> str:
         """What a plain HTTP request from a pod of Deployment *name* is answered: a status and a text, or the error's name."""
-        command = ("--namespace", namespace, "exec", f"deployment/{name}", f"--container={name}", "--")
+        command = ("--namespace", namespace, "exec", f"deployment/{name}", f"--container={within or name}", "--")
         return self.cluster.kubectl(*command, "python3", "-c", KNOCK, host, str(port)).strip()
 
     def pod(self, name: str, namespace: str = "demo") -> dict[str, Any]:
