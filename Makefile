@@ -73,14 +73,14 @@ test: $(READY)
 	$(BIN)/python -m coverage report --include="$(INJECTION)" --fail-under 100 --show-missing --skip-covered
 
 # What decides about pods and changes them: nothing of it may go untried.
-INJECTION = webhook/core/annotations.py,webhook/core/container.py,webhook/core/injection.py,webhook/core/obstacles.py,$\
+INJECTION = webhook/core/annotations.py,webhook/core/bounds.py,webhook/core/container.py,webhook/core/injection.py,webhook/core/obstacles.py,$\
   webhook/core/patch.py,webhook/core/pod.py,webhook/core/probes.py,webhook/core/quantity.py,webhook/core/relay.py
 
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }
 	echo "e2e: parts (20 minutes at first, on two cores)"
 	$(BIN)/python -m tests.parts opa helm kubectl kubernetes etcd containerd cni-plugins spire spire-controller-manager \
-	  spiffe-csi-driver otelcol node-tools buildah busybox-root python-root node-root gcc-root java keycloak \
+	  spiffe-csi-driver otelcol prometheus node-tools buildah busybox-root python-root node-root gcc-root java keycloak \
 	  kubernetes-mcp-server oidc-provider mcp-typescript-1.32 mcp-typescript-2.4 >/dev/null
 	echo "e2e: pytest"
 	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider or real_apiserver" tests
@@ -109,6 +109,7 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.decisions
+	$(BIN)/python -m bench.observing
 	$(BIN)/python -m bench.audit
 	$(BIN)/python -m bench.admission
 

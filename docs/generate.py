@@ -12,7 +12,7 @@ import msgspec
 import sidecar.config
 import sidecar.record
 import webhook.config
-from sidecar.core import chain, profile
+from sidecar.core import chain, conventions, otel, profile
 from sidecar.core.agreement import ParamHeaders, check
 from sidecar.core.asks import ASKS, FOLLOW_UPS
 from sidecar.core.connection import Connection
@@ -22,6 +22,7 @@ from sidecar.core.replies import answer
 from sidecar.core.revision import CAPABILITIES, VERSION, Revision
 from sidecar.errors import Reason, Refusal
 from sidecar.pipeline import CANCELLED, Snapshot, read
+from sidecar.shell import metrics
 from webhook.core import annotations, contract, quantity, resources, siem
 from webhook.core.surroundings import decode_peers, decode_reach
 
@@ -38,6 +39,10 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "custom-resources.md", _resources()
     yield "refusals.md", _refusals()
     yield "methods.md", _methods()
+    yield "spans.md", _spans()
+    yield "metrics.md", _metrics()
+    yield "log-fields.md", _log_fields()
+    yield "otel-variables.md", _otel_variables()
     yield "policy-input.md", _policy_input()
     yield "audit-record.md", _filled("audit-record.md", fields=_fields(), chain=_chain(), siem=_siem())
     yield "audit-record.schema.json", json.dumps(sidecar.record.json_schema(), indent=1) + "\n"
@@ -97,6 +102,7 @@ Everything else comes out as it went in, in its order, unknown fields included.
   They are performed there as the kubelet would. Thresholds, exec, sleep, and what is aimed at another host stay.
 - In capture mode `remap` the name of the MCP port moves from the application's port to the sidecar's; Services follow it.
 - In capture mode `remap` an agent's containers get `HTTP_PROXY` and `NO_PROXY`.
+- Containers of a server get the limits of CPU and memory that they lack, with requests, unless the operator has it otherwise.
 - The command of a stdio server is wrapped in the relay.
 """
 
@@ -319,6 +325,72 @@ def _judged_on(method: str) -> str:
             return "each resource that it names, as if it were read; whose tasks they are"
         case target:
             return type(target).__name__.lower()
+
+
+def _spans() -> str:
+    sides = {"both": "both", "server": "SERVER", "client": "CLIENT"}
+    rows = [
+        (f"`{each.name}`", each.kind, sides[each.side], each.level, each.meaning) for each in conventions.ATTRIBUTES
+    ]
+    text = (
+        "Each message has a SERVER span toward the client; if it was sent on, a CLIENT span toward the server is its child. "
+        "In agent role there is one CLIENT span.\n"
+        "Names are those of OpenTelemetry's semantic conventions for MCP; what begins with `sidegate.` is ours.\n"
+        "The name is `{mcp.method.name} {tool or prompt}`, or the method alone.\n"
+        "The parent is the `traceparent` in `params._meta`, otherwise that of the HTTP request; where there are both, the latter is a link.\n"
+        "`_meta` travels on as it came; the header that the server gets names our CLIENT span. "
+        "Without a receiver the caller's own context travels on.\n"
+    )
+    return f"{NOTE}# Spans\n\n{text}\n{_table(('attribute', 'type', 'span', 'there', 'meaning'), rows)}"
+
+
+def _metrics() -> str:
+    rows = [
+        (
+            f"`{each.exposed}`",
+            f"`{each.name}`",
+            each.kind,
+            f"`{each.unit}`" if each.unit else "",
+            ", ".join(f"`{label.replace('.', '_')}`" for label in each.labels),
+            each.meaning,
+        )
+        for each in conventions.INSTRUMENTS
+    ]
+    text = (
+        "At `/metrics` of the sidecar's health port, as Prometheus' text or OpenMetrics, which names a sampled call in each "
+        "bucket (exemplar); and over OTLP where `OTEL_METRICS_EXPORTER` says so, with dots in the labels' names.\n"
+        f"A tool gets a series of its own with its first successful call, {metrics.MAX_TOOLS} of them at most; "
+        f"callers {metrics.MAX_CALLERS}, rules {metrics.MAX_RULES}. All others share `{metrics.OTHER}`.\n"
+        "Users and sessions are never labels: the audit trail counts for those. "
+        "A rule's label is what the policy itself says: keep personal data out of its reasons.\n"
+    )
+    head = ("in Prometheus", "in OTLP", "kind", "unit", "labels", "meaning")
+    return f"{NOTE}# Metrics of the sidecar\n\n{text}\n{_table(head, rows)}"
+
+
+def _log_fields() -> str:
+    rows = [
+        (f"`{name}`", kind.rstrip("?"), "no" if kind.endswith("?") else "yes", meaning)
+        for name, kind, meaning in conventions.LINE_FIELDS
+    ]
+    text = (
+        "One JSON object on stderr for each message that was judged; `SIDEGATE_REQUEST_LOG` says of which.\n"
+        "Other lines have `time`, `level`, `logger` and `message`, and facts of their own.\n"
+        "Nothing that the audit trail may hide is in it: no user, no arguments, no result.\n"
+        "Where nobody reads stderr, lines are dropped and counted (`sidegate_telemetry_dropped_total`); calls never wait.\n"
+    )
+    return f"{NOTE}# Log lines of the sidecar\n\n{text}\n{_table(('field', 'type', 'always', 'meaning'), rows)}"
+
+
+def _otel_variables() -> str:
+    rows = [(f"`{each.name}`", f"`{each.default}`" if each.default else "", each.meaning) for each in otel.TABLE]
+    text = (
+        "Of the sidecar; with the chart, `telemetry.otel` sets them. Those that are not here are not honoured, and a warning "
+        "in the log says so.\n"
+        "As the specification has it, an empty value counts as unset, and an unusable one is told and replaced by the default.\n"
+        "A certificate that cannot be read stops the sidecar.\n"
+    )
+    return f"{NOTE}# OTEL_* variables\n\n{text}\n{_table(('variable', 'default', 'meaning'), rows)}"
 
 
 def _policy_input() -> str:

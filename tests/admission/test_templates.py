@@ -81,7 +81,9 @@ def test_template_changes_only_as_declared(name: str, tmp_path: Path, capsys: py
         "sidegate-net",
         "sidegate",
     ]
-    assert rest(after["spec"]["template"]) == rest(before["spec"]["template"])
+    assert rest(after["spec"]["template"], since=before["spec"]["template"]) == rest(before["spec"]["template"])
+    for each in after["spec"]["template"]["spec"]["containers"]:
+        assert {"cpu", "memory"} <= each["resources"]["limits"].keys()
     after["spec"]["template"] = before["spec"]["template"]
     assert after == before
 

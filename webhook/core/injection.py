@@ -182,8 +182,9 @@ def _plan(
 ) -> tuple[patch.Injection, Plan, JSON]:
     """Return what to put in, how it was decided, and the pod without anything of ours. Raises Denial."""
     bare_raw, bare = _bare(raw, seen)
-    bare_raw = bounds.bounded(bare_raw, bare, template)
-    bare = pods.read(bare_raw)
+    bounded = bounds.bounded(bare_raw, bare, template)
+    if bounded is not bare_raw:
+        bare_raw, bare = bounded, pods.read(bounded)
     asked = annotations.read(bare.annotations)
     capture = _capture(asked, profile, template)
     obstacles.refuse(bare, capture)
