@@ -35,7 +35,7 @@ def refusal(server: ApiServer, spec: dict[str, Any]) -> str:
         "metadata": {"name": "x", "namespace": NAMESPACE},
         "spec": {"selector": {}, **spec},
     }
-    path = f"/apis/sidegate.dev/v1alpha1/namespaces/{NAMESPACE}/mcplimits?dryRun=All"
+    path = f"/apis/sidegate.dev/v1alpha1/namespaces/{NAMESPACE}/mcplimits?dryRun=All&fieldValidation=Strict"
     answer = server.call("POST", path, body)
     return "" if answer.status == 201 else answer.refusal
 

@@ -197,12 +197,19 @@ async def test_a_store_behind_tls_and_login_is_proven_and_shown_who_we_are(tmp_p
     """By the given authority, by user and password; without either it stays away."""
     tls, ca_pem = tls_options(tmp_path)
     tls = ("--port", "0", "--tls-port", str(port := free_port()), *tls)
-    acl = ("--user", "sidegate", "on", ">secret", "~*", "&*", "+@all", "--user", "default", "off")
+    rights = "~{sidegate/* +evalsha +script|load +@hash +@sortedset +exists +pexpire +time"  # as the how-to says
+    acl = ("--user", "sidegate", "on", ">secret", *rights.split(), "--user", "default", "off")
     url = f"rediss://localhost:{port}"
     known = Login(user="sidegate", password="secret", ca_pem=ca_pem)
     with a_redis(tmp_path, *tls, *acl):
         async with a_store(url, login=known) as store:
-            assert await grants(store, a_limit()) == 3
+            assert await grants(store, a_limit(quotas=(Quota(amount=9, period="day"),), concurrent=9)) == 3
+            mine = charges(a_limit(name="other", quotas=(Quota(amount=1, period="day"),), concurrent=1))
+            for _ in range(2):
+                (told,) = await store.ask(mine, "pay") or ()
+                assert told.marks
+                mine[0].marks = told.marks
+                store.give_back(mine, "pay")
         for wrong in (
             Login(user="sidegate", password="other", ca_pem=ca_pem),
             Login(user="sidegate", password="secret"),
