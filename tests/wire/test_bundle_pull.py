@@ -187,7 +187,7 @@ async def test_keys_are_rotated_under_running_sidecars(tmp_path: Path) -> None:
     receiver, now_s = Receiver(), 1.8e9
     keys = due(None, now_s, KeyTimes(age_s=100, overlap_s=10), lambda: KEY)
     begun = keys
-    settings = {"bundle_keys": pem_of(keys.believed), "bundle_dir": str(tmp_path)}
+    settings: dict[str, Any] = {"bundle_keys": pem_of(keys.believed), "bundle_dir": str(tmp_path)}
     async with Plane().running() as plane:
         plane.bundles.track(POD_KEY, "billing")
         async with pulling(plane.url, receiver.activate, **settings) as source:
@@ -334,7 +334,7 @@ async def test_time_without_a_process_counts(tmp_path: Path, *, away_s: float, i
     plane.status = 503
     (tmp_path / LAST_GOOD).write_bytes(GOOD)
     os.utime(tmp_path / LAST_GOOD, (clock.wall_s - away_s,) * 2)
-    settings = {"bundle_dir": str(tmp_path), "bundle_max_age_s": 2 * HOUR_S}
+    settings: dict[str, Any] = {"bundle_dir": str(tmp_path), "bundle_max_age_s": 2 * HOUR_S}
     async with serving(plane), pulling(plane.url, receiver.activate, clock, **settings) as source:
         await eventually(lambda: "HTTP 503" in source.detail, what="absence")
 
