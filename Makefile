@@ -66,7 +66,7 @@ lint: $(READY)
 # The parts are named here so that their builds, minutes at first, are seen; the tests would make them silently.
 test: $(READY)
 	echo "test: parts"
-	$(BIN)/python -m tests.parts opa helm >/dev/null
+	$(BIN)/python -m tests.parts opa helm redis-server >/dev/null
 	echo "test: pytest"
 	$(BIN)/python -m pytest --quiet -m "not e2e and not real_spire and not real_provider and not real_apiserver" --ignore tests/e2e --cov --cov-report term:skip-covered
 	echo "test: every branch of the injection core"
@@ -109,6 +109,7 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.decisions
+	$(BIN)/python -m bench.limits
 	$(BIN)/python -m bench.observing
 	$(BIN)/python -m bench.audit
 	$(BIN)/python -m bench.admission

@@ -300,7 +300,7 @@ class Serving:
             exchange.credentials = credentials
         try:
             self._send(admission, exchanges, requester)
-        except Refusal as refusal:  # the way is barred: a session whose process has ended, too many processes, no record
+        except Refusal as refusal:  # the way is barred: a process has ended, too many processes, no record
             self._not_sent(exchanges, requester, refusal)
 
     async def _fetch_and_send(

@@ -85,7 +85,10 @@ def test_a_member_whose_name_starts_alike_is_another() -> None:
     ("changes", "reason"),
     [
         ({"limits": (Limit(name="l", rate_per_s=1e-7, burst=1),)}, r"bundle: .*>= 1e-06.*limits"),
-        ({"limits": (Limit(name="l", rate_per_s=float("inf"), burst=1),)}, "bundle: .*ratePerSecond and burst go together.*limits"),
+        (
+            {"limits": (Limit(name="l", rate_per_s=float("inf"), burst=1),)},
+            "bundle: .*ratePerSecond and burst go together.*limits",
+        ),
         ({"providers": (Provider(name="p", issuer="http://", audiences=("a",)),)}, "bundle: .*issuer"),
     ],
 )
