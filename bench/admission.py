@@ -114,8 +114,7 @@ async def measure(rate: float, seconds: float, pods: int) -> None:
         size = sum(map(len, bodies)) / len(bodies) / 1024
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=context)) as session:
             await open_loop(session, url, bodies, rate, min(2.0, seconds), pid)  # connections, caches
-            for each in (rate, 10 * rate):
-                show(await open_loop(session, url, bodies, each, seconds if each == rate else seconds / 3, pid), size)
+            show(await open_loop(session, url, bodies, rate, seconds, pid), size)
             show(await closed_loop(session, url, bodies, min(seconds, 10.0), pid), size)
         print(f"resident afterwards: {rss_bytes(pid) / 2**20:.0f} MiB")
 
