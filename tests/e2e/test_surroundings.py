@@ -141,3 +141,18 @@ def test_a_restricted_namespace_says_no_to_redirect(governed: Governed) -> None:
 
     with pytest.raises(CommandError, match=r"PodSecurity|restricted"):
         cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
+
+
+def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed) -> None:
+    """It dials the pod in mode remap itself: health answers, the application does not."""
+    address = governed.cluster.get(
+        "--namespace", "sidegate-system", "pods", "--selector=app.kubernetes.io/name=sidegate"
+    )["items"][0]["status"]["podIP"]
+    script = f"import urllib.request; print(urllib.request.urlopen('http://{address}:9090/metrics', timeout=5).read().decode())"
+    command = ("--namespace", "agents", "exec", "deployment/agent", "--", "python3", "-c", script)
+
+    def proven() -> bool:
+        lines = governed.cluster.kubectl(*command).splitlines()
+        return 'sidegate_remapped_pods{state="closed"} 1.0' in lines
+
+    governed.cluster.wait_until("the pod is found closed", proven, timeout_s=60)

@@ -20,6 +20,7 @@ from aiohttp import web
 from certs.spiffe import SpiffeId
 from certs.tls import MutualClient, MutualServer, ServingServer
 from certs.workload import X509Source
+from sidecar.config import Capture
 from sidecar.core.keyring import pem_of
 from webhook.config import Settings, defaults, surroundings, template
 from webhook.core.container import Template
@@ -32,6 +33,7 @@ from webhook.shell.admission import MAX_BODY_BYTES, Admission, NotReady
 from webhook.shell.bundles import BundleEndpoint, Bundles
 from webhook.shell.controllers import Compile, Controller
 from webhook.shell.coverage import Coverage
+from webhook.shell.enforcement import Enforcement
 from webhook.shell.external import External
 from webhook.shell.kube import Kube
 from webhook.shell.lease import Leadership
@@ -165,14 +167,20 @@ class App:
         )
         external = External(self._client, self._settings.external_bundles, self._controller.renew)
         self._controller.external = external
+        controller = self._controller
         coverage = Coverage(
-            self._kube, self._metrics, leads=lambda: self._leadership.leads, profiles=self._controller.profiles
+            self._kube,
+            self._metrics,
+            leads=lambda: self._leadership.leads and controller.is_synced,
+            profiles=controller.profiles,
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(coverage.run(), name="coverage")
             tasks.create_task(external.run(), name="external")
             tasks.create_task(self._controller.run(self._kube), name="controller")
             tasks.create_task(network_policies.run(), name="network-policies")
+            if self._settings.weakest_capture == Capture.REMAP:
+                tasks.create_task(Enforcement(self._kube, self._leadership, self._metrics).run(), name="enforcement")
             tasks.create_task(statuses.run(), name="status")
 
     def _use_keys(self, keys: SigningKeys) -> None:

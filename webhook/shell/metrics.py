@@ -79,6 +79,13 @@ class Metrics:
             "NetworkPolicies created, put right or deleted.",
             registry=self.registry,
         )
+        self.remapped_pods = Gauge(
+            "sidegate_remapped_pods",
+            "Pods in capture mode remap by what dialling their application found: closed, exposed (NetworkPolicy is not "
+            "enforced) or unknown; known to the replica that leads.",
+            ["state"],
+            registry=self.registry,
+        )
         self.undeclared = Gauge(
             "sidegate_undeclared_peers",
             "Callers and destinations of profiles that no NetworkPolicy can let through; the log names them.",

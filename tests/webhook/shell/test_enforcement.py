@@ -1,0 +1,142 @@
+"""Whether NetworkPolicy is enforced is found out with real connections."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.webhook.kube_server import PODS, KubeServer
+from webhook.shell.enforcement import Enforcement
+from webhook.shell.kube import Gone, Listed, Put
+from webhook.shell.lease import Leadership
+from webhook.shell.metrics import Metrics
+
+
+async def closed_port() -> int:
+    """A port on which nobody listens."""
+    async with listener() as port:
+        return port
+
+
+@contextlib.asynccontextmanager
+async def listener() -> AsyncIterator[int]:
+    """Somebody who listens, and hears nothing."""
+    heard = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            heard.append(await reader.read(100))
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+    assert not any(heard)
+
+
+def a_pod(*ports: int, address: str | None = "127.0.0.1", name: str = "a") -> Any:
+    """A pod in mode remap, whose application declares *ports*."""
+    app = {"name": "app", "ports": [{"containerPort": port} for port in ports]}
+    ours = {"name": "sidegate", "ports": [{"containerPort": 15443}]}
+    metadata = {"name": name, "namespace": "team", "labels": {"sidegate.dev/capture": "remap"}}
+    return {
+        "metadata": metadata,
+        "spec": {"initContainers": [ours], "containers": [app]},
+        "status": {"podIP": address} if address else {},
+    }
+
+
+def an_enforcement(health_port: int, *, leads: bool = True, kube: Any = None) -> tuple[Enforcement, Metrics]:
+    """What is tried, and what it counts."""
+    metrics = Metrics()
+    leadership = Leadership(kube, metrics, namespace="n", name="", identity="x")
+    leadership._until_s = float("inf") if leads else 0.0
+    return Enforcement(kube, leadership, metrics, health_port=health_port), metrics
+
+
+def counted(metrics: Metrics) -> dict[str, float]:
+    """The pods by state."""
+    return {state: metrics.remapped_pods.labels(state)._value.get() for state in ("closed", "exposed", "unknown")}
+
+
+async def test_an_application_that_answers_is_exposed(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged once, with the pod's name, and nothing is sent to it."""
+    async with listener() as health, listener() as app:
+        enforcement, metrics = an_enforcement(health)
+        enforcement.apply(Listed([a_pod(await closed_port(), app)], "1"))
+        await enforcement.step()
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 0, "exposed": 1, "unknown": 0}
+    assert [each.pod for each in caplog.records if hasattr(each, "pod")] == ["team/a"]
+
+
+async def test_silence_beside_an_answer_is_the_proof() -> None:
+    """The health port shows that the pod is up and in reach."""
+    async with listener() as health:
+        enforcement, metrics = an_enforcement(health)
+        enforcement.apply(Put(a_pod(await closed_port())))
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
+
+
+async def test_silence_alone_proves_nothing() -> None:
+    """A pod that is not up yet, or that we may not dial."""
+    async with listener() as app:
+        enforcement, metrics = an_enforcement(await closed_port())
+        enforcement.apply(Listed([a_pod(app)], "1"))
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 0, "exposed": 0, "unknown": 1}
+
+
+async def test_only_pods_that_can_be_dialled_count() -> None:
+    """None without an address or a port, none that is gone, and none while another replica leads."""
+    async with listener() as health, listener() as app:
+        enforcement, metrics = an_enforcement(health)
+        broken = {"metadata": {"name": "c", "namespace": "team"}, "spec": {}, "status": {"podIP": "127.0.0.1"}}
+        enforcement.apply(Listed([a_pod(app, address=None), a_pod(name="b"), broken, a_pod(app, name="d")], "1"))
+        enforcement.apply(Gone(a_pod(app, name="d")))
+        await enforcement.step()
+        follower, untouched = an_enforcement(health, leads=False)
+        follower.apply(Listed([a_pod(app)], "1"))
+        await follower.step()
+
+    assert counted(metrics) == counted(untouched) == {"closed": 0, "exposed": 0, "unknown": 0}
+
+
+async def test_a_pod_that_moves_is_dialled_again_and_one_that_stays_is_not() -> None:
+    """What was found holds for some minutes, for the same address and ports."""
+    async with listener() as health:
+        enforcement, metrics = an_enforcement(health)
+        async with listener() as app:
+            enforcement.apply(Listed([a_pod(app)], "1"))
+            await enforcement.step()
+            enforcement.apply(Put(a_pod(app)))
+        await enforcement.step()
+        assert counted(metrics)["exposed"] == 1
+
+        enforcement.apply(Put(a_pod(await closed_port())))
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
+
+
+async def test_pods_are_followed() -> None:
+    """The API server says which there are."""
+    server = KubeServer()
+    server.objects[PODS] = {}
+    async with server.running() as kube, listener() as health, listener() as app:
+        server.put(PODS, a_pod(app))
+        enforcement, metrics = an_enforcement(health, kube=kube)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(enforcement.run())
+            while counted(metrics)["exposed"] == 0:
+                await asyncio.sleep(0.02)
+                await enforcement.step()
+            running.cancel()
+
+    assert counted(metrics)["exposed"] == 1

@@ -1,0 +1,145 @@
+"""Find out whether NetworkPolicy is really enforced around pods in capture mode `remap`, which stands and falls with it.
+
+The API server takes policies on every cluster, and some networks ignore them. So the replica that leads dials such pods
+itself: on the sidecar's health port, which is open to it, and on the ports of the application, which are open to
+nobody. If both answer, the pod is exposed: that is logged with its name and counted. If neither does, nothing is known.
+Sends no byte to an application, and treats no pod differently for what it finds.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+from typing import Final
+
+from sidecar.config import HEALTH_PORT, Capture
+from webhook.core import pod as pods
+from webhook.core.annotations import CAPTURED
+from webhook.core.container import CONTAINERS
+from webhook.core.pod import JSON
+from webhook.errors import Denial
+from webhook.shell.bundles import PodKey
+from webhook.shell.controllers import PODS
+from webhook.shell.kube import Change, Gone, Kube, Listed, Put
+from webhook.shell.lease import Leadership
+from webhook.shell.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PERIOD_S: Final = 5.0
+AGAIN_S: Final = 300.0  # a network's policies are not switched off by the minute
+DIAL_S: Final = 2.0  # a pod of the same cluster answers in milliseconds
+MAX_DIALS: Final = 20  # a step
+EXPOSED: Final = "NetworkPolicy is not enforced: the application can be reached past its sidecar"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A pod: its address, the application's ports, when to dial it next, and what was found."""
+
+    address: str
+    ports: tuple[int, ...]
+    due_s: float = 0.0
+    is_exposed: bool | None = None  # None: not known
+
+
+class Enforcement:
+    """Mutated by its own tasks alone, which all run on one loop."""
+
+    def __init__(self, kube: Kube, leadership: Leadership, metrics: Metrics, *, health_port: int = HEALTH_PORT) -> None:
+        self._kube = kube
+        self._leadership = leadership
+        self._metrics = metrics
+        self._health_port = health_port
+        self._targets: dict[PodKey, Target] = {}
+
+    async def run(self) -> None:
+        """Follow the pods, and dial for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(), name="remapped-pods")
+            while True:
+                await self.step()
+                await asyncio.sleep(PERIOD_S)
+
+    async def _follow(self) -> None:
+        async for change in self._kube.follow(PODS, f"{CAPTURED}={Capture.REMAP}"):
+            self.apply(change)
+
+    def apply(self, change: Change) -> None:
+        """Take in a change of the pods in mode `remap`."""
+        match change:
+            case Listed(items):
+                before, self._targets = self._targets, {}
+                for item in items:
+                    self._put(item, before)
+            case Put(item):
+                self._put(item, self._targets)
+            case Gone(item):
+                self._targets.pop(_key(item), None)
+
+    def _put(self, item: JSON, before: dict[PodKey, Target]) -> None:
+        target, known = _target(item), before.get(_key(item))
+        if target is None:
+            self._targets.pop(_key(item), None)
+        elif known is not None and (known.address, known.ports) == (target.address, target.ports):
+            self._targets[_key(item)] = known
+        else:
+            self._targets[_key(item)] = target
+
+    async def step(self) -> None:
+        """Dial the pods whose time has come, if that is this replica's to do."""
+        if not self._leadership.leads:
+            return
+        now_s = asyncio.get_running_loop().time()
+        due = sorted((key for key, target in self._targets.items() if target.due_s <= now_s), key=str)[:MAX_DIALS]
+        async with asyncio.TaskGroup() as tasks:
+            asked = {key: tasks.create_task(self._is_exposed(self._targets[key])) for key in due}
+        for key, answer in asked.items():
+            before = self._targets.get(key)
+            if before is None:
+                continue
+            is_exposed = answer.result()
+            self._targets[key] = replace(before, due_s=now_s + AGAIN_S, is_exposed=is_exposed)
+            if is_exposed and not before.is_exposed:
+                log.error(EXPOSED, extra={"pod": "/".join(key)})
+        found = [target.is_exposed for target in self._targets.values()]
+        self._metrics.remapped_pods.labels("exposed").set(found.count(True))
+        self._metrics.remapped_pods.labels("closed").set(found.count(False))
+        self._metrics.remapped_pods.labels("unknown").set(found.count(None))
+
+    async def _is_exposed(self, target: Target) -> bool | None:
+        if not await _answers(target.address, self._health_port):
+            return None  # it is not up, or we may not dial it at all: silence elsewhere would prove nothing
+        for port in target.ports:
+            if await _answers(target.address, port):
+                return True
+        return False
+
+
+async def _answers(address: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(DIAL_S):
+            _, writer = await asyncio.open_connection(address, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.transport.abort()
+    return True
+
+
+def _target(item: JSON) -> Target | None:
+    """Return whom to dial; None for a pod without an address or without a port of its own."""
+    address = (item.get("status") or {}).get("podIP")
+    try:
+        spec = pods.read(item).spec
+    except Denial:
+        return None
+    ports = {
+        port.container_port
+        for each in (*(spec.init_containers or ()), *spec.containers)
+        for port in each.ports or ()
+        if each.name not in CONTAINERS and port.protocol in (None, "TCP")
+    }
+    return Target(address=address, ports=tuple(sorted(ports))) if address and ports else None
+
+
+def _key(item: JSON) -> PodKey:
+    return item["metadata"]["namespace"], item["metadata"]["name"]
