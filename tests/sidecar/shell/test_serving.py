@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from sidecar.core.profile import Client, Identity, Provider
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Snapshot
+from sidecar.shell.audit import Audit
 from sidecar.shell.serving import DEFAULT_MAX_BODY_BYTES, NOT_READY_RETRY_S, Serving
+from sidecar.shell.trail import File
 from tests.builders import a_call, a_connection, a_snapshot
 from tests.fakes import FakeObserver, allowing
 
@@ -324,3 +327,24 @@ def test_without_a_snapshot_there_are_defaults() -> None:
 
     assert (bare.max_body_bytes, full.max_body_bytes) == (DEFAULT_MAX_BODY_BYTES, 2048)
     assert (bare.engines, len(full.engines)) == ((), 1)
+
+
+def test_what_cannot_be_recorded_is_not_sent(tmp_path: Path) -> None:
+    """By the real audit on a full device; the record of the refusal waits for room."""
+    bench = Bench(a_snapshot(allowing()))
+    audit = Audit(File("/dev/full"))
+    bench.serving.announce = audit.begin
+    exchange, requester = bench.ask()
+
+    assert [each.reason for each in requester.refusals] == [Reason.NOT_READY]
+    assert bench.upstream.sent == []
+    assert not exchange.was_sent
+
+    file = File(str(tmp_path / "audit.jsonl"))
+    bench.serving.announce = Audit(file).begin
+    exchange, requester = bench.ask()
+
+    assert bench.upstream.sent == [exchange]
+    assert (tmp_path / "audit.jsonl").read_bytes().count(b'"phase":"begin"') == 1
+    audit.close()
+    file.close()
