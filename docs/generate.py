@@ -337,7 +337,7 @@ def _spans() -> str:
         "In agent role there is one CLIENT span.\n"
         "Names are those of OpenTelemetry's semantic conventions for MCP; what begins with `sidegate.` is ours.\n"
         "The name is `{mcp.method.name} {tool or prompt}`, or the method alone.\n"
-        "The parent is the `traceparent` in `params._meta`, otherwise that of the HTTP request; where there are both, the latter is a link.\n"
+        "The parent is the `traceparent` in `params._meta`, otherwise that of the HTTP request, which is a link where there are both.\n"
         "`_meta` travels on as it came; the header that the server gets names our CLIENT span. "
         "Without a receiver the caller's own context travels on.\n"
     )

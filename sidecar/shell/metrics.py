@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from certs.errors import PeerReason
 from sidecar.core.conventions import (
@@ -101,6 +101,24 @@ class Histogram:
         }
 
 
+class Tally:
+    """A count."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
+class Series(NamedTuple):
+    """Where a message counts: by one look for most of them."""
+
+    calls: Tally | None  # None: no request
+    operations: Histogram | None  # None: not sent
+    caller: str
+    tool: str
+
+
 class Metrics:
     """The sidecar's metrics. Mutated by `observe`, `handshake_refused` and `watch` only.
 
@@ -112,7 +130,8 @@ class Metrics:
         self._operations: dict[Labels, Histogram] = {}
         self._outbound: dict[Labels, Histogram] = {}
         self._decisions = Histogram(DECISION.buckets)
-        self._calls: dict[Labels, int] = {}
+        self._calls: dict[Labels, Tally] = {}
+        self._known: dict[tuple[str, str, str, bool, str], Series] = {}
         self._spend: dict[Labels, int] = {}
         self._refusals = dict.fromkeys(Reason, 0)
         self._denials: dict[Labels, int] = {}
@@ -140,13 +159,19 @@ class Metrics:
         shape, target = message.shape, message.target
         if (shape is not Shape.REQUEST and shape is not Shape.NOTIFICATION) or isinstance(target, Ask):
             return
-        error = error_type(exchange)
-        was_sent = exchange.was_sent
-        tool = "" if not isinstance(target, Tool) else self._tool(target.name, failed=bool(error) or not was_sent)
-        if shape is Shape.REQUEST:
-            self._request(exchange, tool, "allowed" if was_sent else "refused")
-        if was_sent:
-            self._series(exchange, message, tool, error).observe(exchange.total_s, named)
+        error, was_sent, principal = error_type(exchange), exchange.was_sent, exchange.principal
+        tool = target.name if isinstance(target, Tool) else ""
+        caller = "" if principal is None else text_of(principal.workload)
+        key = (message.method, tool, error, was_sent, caller)
+        series = self._known.get(key) or self._series(exchange, message, key)
+        if series.calls is not None:
+            series.calls.number += 1
+        if series.operations is not None:
+            series.operations.observe(exchange.total_s, named)
+        if exchange.admission is not None and exchange.admission.charges:
+            for charge in exchange.admission.charges:
+                spent = (charge.name, series.caller, series.tool)
+                self._spend[spent] = self._spend.get(spent, 0) + charge.cost
 
     def handshake_refused(self, reason: PeerReason) -> None:
         """Count a TLS handshake that was refused."""
@@ -185,7 +210,7 @@ class Metrics:
         yield SERVER_OPERATION, self._operations
         yield CLIENT_OPERATION, self._outbound
         yield DECISION, {(): self._decisions}
-        yield CALLS, self._calls
+        yield CALLS, {labels: tally.number for labels, tally in self._calls.items()}
         yield SPEND, self._spend
         yield REFUSALS, {(reason,): count for reason, count in self._refusals.items()}
         yield DENIALS, self._denials
@@ -206,16 +231,6 @@ class Metrics:
         for each in exchange.shadow:
             self._differences[each.policy, str(each.allowed).lower()] += 1
 
-    def _request(self, exchange: Exchange, tool: str, decision: str) -> None:
-        principal, admission = exchange.principal, exchange.admission
-        caller = self._caller("" if principal is None else text_of(principal.workload))
-        key = (caller, tool, decision)
-        self._calls[key] = self._calls.get(key, 0) + 1  # bounded, as callers and tools are
-        if admission is not None:
-            for charge in admission.charges:
-                spent = (charge.name, caller, tool)
-                self._spend[spent] = self._spend.get(spent, 0) + charge.cost
-
     def _refused(self, exchange: Exchange) -> None:
         refusal = exchange.refusal
         assert refusal is not None  # noqa: S101 - for the type checker: it is why we are here
@@ -226,8 +241,22 @@ class Metrics:
                 rule = OTHER
             self._denials[rule,] = self._denials.get((rule,), 0) + 1
 
-    def _series(self, exchange: Exchange, message: Message, tool: str, error: str) -> Histogram:
-        key = (message.method, tool, error if error in _CLOSED else OTHER)
+    def _series(self, exchange: Exchange, message: Message, key: tuple[str, str, str, bool, str]) -> "Series":
+        """Return in which series messages with *key* count; kept for the next one unless a name had no place."""
+        method, name, error, was_sent, workload = key
+        tool = self._tool(name, failed=bool(error) or not was_sent) if name else ""
+        caller = self._caller(workload)
+        calls = operations = None
+        if message.shape is Shape.REQUEST:
+            calls = self._calls.setdefault((caller, tool, "allowed" if was_sent else "refused"), Tally())
+        if was_sent:
+            operations = self._histogram(exchange, (method, tool, error if error in _CLOSED else OTHER))
+        series = Series(calls, operations, caller, tool)
+        if (tool, caller) == (name, workload) and error in _CLOSED and len(self._known) < MAX_SERIES:
+            self._known[key] = series
+        return series
+
+    def _histogram(self, exchange: Exchange, key: Labels) -> Histogram:
         held = self._operations if exchange.outbound is None else self._outbound
         series = held.get(key)
         if series is None:
