@@ -19,6 +19,7 @@ PERIODS_S: Final[dict[Period, int]] = {
     "week": 7 * 86_400,
     "month": 30 * 86_400,
 }
+LONG_AGO: Final = -(2**62)
 GRAIN: Final = 1e-9  # of a token: what rounding may lack; it is owed, not forgiven
 
 
@@ -45,7 +46,7 @@ class Window:
     """Units taken in the last slots, oldest first; *numbers* count slots since the clock's zero."""
 
     used: int = 0
-    slot: int = 0  # the newest that was looked at
+    slot: int = LONG_AGO  # the newest that was looked at
     numbers: list[int] = field(default_factory=list)
     units: list[int] = field(default_factory=list)
 
@@ -53,13 +54,12 @@ class Window:
         """Forget what is over; return the seconds until *cost* units are free, 0 when they are."""
         numbers = self.numbers
         slot = int(now_s // slot_s)
-        if numbers:
-            if numbers[-1] > slot:  # noqa: PLR1730 - same; the clock stepped back
-                slot = numbers[-1]
-            while numbers and numbers[0] < slot - SLOTS:
-                self.used -= self.units.pop(0)
-                del numbers[0]
+        if slot < self.slot:  # noqa: PLR1730 - same; the clock stepped back, perhaps after a call that was refused
+            slot = self.slot
         self.slot = slot
+        while numbers and numbers[0] < slot - SLOTS:
+            self.used -= self.units.pop(0)
+            del numbers[0]
         lacking = self.used + cost - amount
         if lacking <= 0:
             return 0.0

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 import pytest
 
 from sidecar.core.profile import Limit
@@ -95,7 +96,7 @@ async def test_a_batch_passes_whole(form: str, headers: tuple[str, ...]) -> None
         (2, 0),
     ]
     assert [each.result is not None and json.loads(each.result)["id"] for each in exchanges] == ["l", 1, False, 2]
-    assert {record(each)["decision"]["outcome"] for each in exchanges} == {"allowed"}
+    assert {orjson.loads(orjson.dumps(record(each)))["decision"]["outcome"] for each in exchanges} == {"allowed"}
     assert len({each.span_id for each in exchanges}) == 4
 
 
@@ -118,7 +119,7 @@ async def test_one_that_is_refused_holds_all_back() -> None:
         Reason.DENIED,
         Reason.UNKNOWN_METHOD,
     ]
-    assert {record(each)["decision"]["outcome"] for each in exchanges} == {"refused"}
+    assert {orjson.loads(orjson.dumps(record(each)))["decision"]["outcome"] for each in exchanges} == {"refused"}
 
 
 async def test_a_limit_counts_each_call_of_a_batch() -> None:

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.core.quota import SLOTS, Bucket, Window
@@ -42,6 +42,7 @@ def test_who_waits_at_a_bucket_as_told_gets_in(burst: int, rate: float, cost: in
     SLOT_S,
     st.lists(st.tuples(st.floats(-100, 200_000), st.integers(1, 9)), max_size=80),
 )
+@example(1, 1.0, [(2.0, 2), (0.0, 1), (61.0, 1)])  # steps back after a call that was refused
 def test_window_holds_at_most_its_amount_in_any_period(
     amount: int, slot_s: float, calls: list[tuple[float, int]]
 ) -> None:
