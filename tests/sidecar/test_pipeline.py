@@ -14,6 +14,7 @@ from sidecar.core.identity import UnknownKey
 from sidecar.core.limits import Admission
 from sidecar.core.message import Shape
 from sidecar.core.profile import Identity, Limit, Provider, StepUp
+from sidecar.core.trace import TraceContext
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import MAX_LABEL_CHARS, Batch, Memory, Snapshot, answered, judge, release, remember, scope
@@ -774,3 +775,46 @@ def test_a_delegation_reaches_the_policies() -> None:
     question = a_question(principal=replace(a_principal(), user=user))
 
     assert question.document()["delegation"] == [{"sub": "alice", "actor": "planner"}]
+
+
+# the trace that a message belongs to
+
+
+MESSAGES_OWN = f"00-{'a' * 32}-{'b' * 16}-00"
+
+
+def test_context_of_the_message_goes_before_that_of_the_request() -> None:
+    """Which becomes a link: the message may travel in another request's connection (SEP-414)."""
+    exchange = an_exchange(a_connection(a_request("ping", {"_meta": {"traceparent": MESSAGES_OWN}})))
+    exchange.trace_id, exchange.parent_id = "c" * 32, "d" * 16
+    judge(exchange, a_snapshot(allowing()), Memory(), now_s=NOW_S, clock_s=0.0)
+
+    assert (exchange.trace_id, exchange.parent_id, exchange.sampled) == ("a" * 32, "b" * 16, False)
+    assert exchange.link == TraceContext(trace_id="c" * 32, parent_id="d" * 16, sampled=True)
+
+
+def test_context_that_both_name_is_no_link() -> None:
+    """An instrumented client writes the same into both."""
+    exchange = an_exchange(a_connection(a_request("ping", {"_meta": {"traceparent": MESSAGES_OWN}})))
+    exchange.trace_id, exchange.parent_id = "a" * 32, "b" * 16
+    judge(exchange, a_snapshot(allowing()), Memory(), now_s=NOW_S, clock_s=0.0)
+
+    assert exchange.link is None
+
+
+def test_batch_has_a_trace_for_each_message() -> None:
+    """Each by its own context; one that has none stays in the request's."""
+    body = b"[%b,%b]" % (a_request("ping", {"_meta": {"traceparent": MESSAGES_OWN}}), a_request("ping", request_id=8))
+    exchange = an_exchange(a_connection(body))
+    exchange.trace_id, exchange.parent_id = "c" * 32, "d" * 16
+    found = judge(
+        exchange,
+        a_snapshot(allowing()),
+        Memory(),
+        now_s=NOW_S,
+        clock_s=0.0,
+        begin=lambda each: replace(an_exchange(each), trace_id="c" * 32, parent_id="d" * 16),
+    )
+
+    assert isinstance(found, Batch)
+    assert [each.trace_id for each in found.exchanges] == ["a" * 32, "c" * 32]

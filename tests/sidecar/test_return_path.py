@@ -158,3 +158,15 @@ def test_what_tools_say_of_headers_is_learnt() -> None:
     note(Seen(data=b"", tools=[("a", Raw(schema))]), under_way(), memory)
 
     assert [each.header for each in memory.param_headers.known["a"]] == [b"mcp-param-region"]
+
+
+def test_an_ask_may_bring_a_context_of_its_own() -> None:
+    """The server's own span is its parent then; the call that carries it is a link."""
+    ask, exchange = an_ask(), an_exchange()
+    exchange.trace_id, exchange.parent_id = "c" * 32, "d" * 16
+    own = {"traceparent": f"00-{'c' * 32}-{'e' * 16}-01"}
+    judge_ask(exchange, replace(ask, params={"_meta": own}), under_way(), a_snapshot(allowing()), Memory(), clock_s=0)
+
+    assert (exchange.trace_id, exchange.parent_id) == ("c" * 32, "e" * 16)
+    assert exchange.link is not None
+    assert exchange.link.parent_id == "d" * 16

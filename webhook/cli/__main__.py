@@ -1,6 +1,7 @@
 """`sidegate VERB`: exit 0 done, 1 refused or failed, 2 misuse. Errors are `sidegate: error: …`, then `hint: …`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_to(verbs)
-    options = parser.parse_args(arguments)
+    environment = argparse.Namespace(environment=os.environ)  # noqa: TID251 - the one place; `run` reads OTEL_*
+    options = parser.parse_args(arguments, environment)
     try:
         status: int = options.perform(options)
     except TOLD as error:

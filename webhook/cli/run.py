@@ -19,6 +19,7 @@ from certs.errors import WorkloadApiError
 from certs.spiffe import SpiffePattern
 from certs.workload import socket_path
 from sidecar.config import STDIO_PORT, Capture, LogLevel, Settings
+from sidecar.core import otel
 from sidecar.core.bundle import Bundle, decode, public_keys
 from sidecar.core.profile import Identity, Limit, Profile, Provider, Server
 from sidecar.core.profile import decode as decode_profile
@@ -88,7 +89,7 @@ def perform(options: argparse.Namespace) -> int:
         otlp_endpoint=options.otlp,
         log_level=options.log_level,
     )
-    App(settings, bundle=bundle, command=options.command).run()
+    App(settings, otel=otel.read(options.environment), bundle=bundle, command=options.command).run()
     return 0
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.trace import TraceContext, of_message, parse
+from sidecar.core.trace import TraceContext, of_message, parse, sent_id, traceparent
 
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -60,3 +60,21 @@ def test_context_of_the_message_is_found() -> None:
 def test_any_text_is_read(text: str) -> None:
     """Never raises."""
     assert parse(text) is None
+
+
+def test_id_of_our_other_span_differs_in_its_last_digit() -> None:
+    """And leads back to the first; none is zero where the first's bits above the last are not."""
+    for digit in "0123456789abcdef":
+        span_id = f"b7ad6b716920333{digit}"
+
+        assert sent_id(span_id) != span_id
+        assert sent_id(span_id)[:-1] == span_id[:-1]
+        assert sent_id(sent_id(span_id)) == span_id
+
+
+def test_header_is_read_back_as_it_was_written() -> None:
+    """Both flags."""
+    for sampled in (True, False):
+        context = parse(traceparent("a" * 32, "b" * 16, sampled=sampled).decode())
+
+        assert context == TraceContext(trace_id="a" * 32, parent_id="b" * 16, sampled=sampled)

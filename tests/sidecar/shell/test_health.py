@@ -8,8 +8,10 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from sidecar.shell.health import Health
+from sidecar.shell.metrics import OPENMETRICS, TEXT
 from sidecar.shell.probes import decode
 from tests.fakes import a_server, answers, response
 
@@ -155,3 +157,20 @@ async def test_a_failed_hook_gets_no_answer() -> None:
     async with a_health({"app": {"post-start": HTTP | {"port": port, "token": TOKEN}}}) as get:
         with pytest.raises(aiohttp.ServerDisconnectedError):
             await get(f"/app-hook/app/post-start/{TOKEN}")
+
+
+async def test_prometheus_gets_openmetrics_when_it_asks() -> None:
+    """With exemplars; everybody else gets the older format."""
+    health = Health(
+        upstream_host="127.0.0.1",
+        probes=decode("{}"),
+        conditions=dict,
+        render_metrics=lambda *, openmetrics: "# EOF\n" if openmetrics else "x 1\n",
+    )
+    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+    async with TestClient(TestServer(health.application())) as client:
+        new = await client.get("/metrics", headers={"accept": accept})
+        old = await client.get("/metrics")
+
+        assert (await new.text(), new.headers["content-type"]) == ("# EOF\n", OPENMETRICS)
+        assert (await old.text(), old.headers["content-type"]) == ("x 1\n", TEXT)

@@ -22,7 +22,7 @@ from sidecar.core.message import Message, Shape, Tool
 from sidecar.core.otel import read
 from sidecar.core.profile import Limit
 from sidecar.errors import Reason, Refusal
-from sidecar.shell.metrics import MAX_RULES, MAX_TOOLS, MAX_CALLERS, OTHER, Histogram, Metrics, Publisher
+from sidecar.shell.metrics import MAX_CALLERS, MAX_RULES, MAX_TOOLS, OTHER, Histogram, Metrics, Publisher
 from sidecar.shell.otlp import Exporter
 from tests.sidecar.exchanges import AGENT, a_call, a_refused_exchange, an_exchange, an_unreadable_exchange
 from tests.sidecar.receivers import HttpReceiver

@@ -12,10 +12,11 @@ import pytest
 from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from certs.spiffe import SpiffeId
 from sidecar.core.otel import Otel, read
 from sidecar.errors import ConfigError
 from sidecar.shell import otlp
-from sidecar.shell.otlp import Exporter
+from sidecar.shell.otlp import Exporter, text_of
 from sidecar.shell.tracing import spans
 from tests.sidecar.exchanges import SERVER, STARTED_NS, a_profile, an_exchange
 from tests.sidecar.receivers import HttpReceiver, values
@@ -254,3 +255,14 @@ async def test_certificate_that_cannot_be_read_stops_the_start(tmp_path: Path) -
         for path in ("/no/such.pem", str(tmp_path)):
             with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_CERTIFICATE"):
                 Exporter(session, "traces", _otel(EXPORTER_OTLP_CERTIFICATE=path))
+
+
+def test_names_known_by_identity_are_those_of_the_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there were, and whatever their places in memory are used for later."""
+    monkeypatch.setattr(otlp, "MAX_TEXTS", 3)
+    for number in range(100):
+        workload = SpiffeId.parse(f"spiffe://a.test/ns/a/sa/agent-{number}")
+
+        assert text_of(workload) == text_of(workload) == str(workload)
+    assert text_of(None) == ""
+    assert len(otlp._texts) <= 3

@@ -7,10 +7,11 @@ from contextlib import suppress
 
 import pytest
 
+from sidecar.core.trace import TraceContext
 from sidecar.errors import Reason
 from sidecar.shell import upstream
-from sidecar.shell.upstream import Call, Line
-from tests.builders import a_call, a_request, a_snapshot
+from sidecar.shell.upstream import Call, Line, _request
+from tests.builders import a_call, a_connection, a_request, a_snapshot, an_exchange
 from tests.fakes import Heard, a_path, a_server, allowing, answers, echo_script, eventually, post, response
 
 CALL = a_call()
@@ -603,3 +604,21 @@ async def test_replies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             await eventually(lambda expected=expected: len(server.heard) == expected, what="two replies")  # type: ignore[misc]
             await eventually(lambda: server.open <= 1, what="the end of their connections")
         await client.close()
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "linked", "expected"),
+    [
+        (b"00-1-2-01", False, [b"00-1-2-01", b"vendor=1"]),
+        (b"00-1-2-01", True, [b"00-1-2-01"]),
+        (b"", False, [b"vendor=1"]),
+    ],
+)
+def test_request_names_one_trace(traceparent: bytes, linked: bool, expected: list[bytes]) -> None:
+    """The caller's header is replaced or left out, and a state travels with its own trace only."""
+    exchange = an_exchange(a_connection(headers=((b"traceparent", b"00-9-9-01"), (b"tracestate", b"vendor=1"))))
+    if linked:
+        exchange.link = TraceContext(trace_id="9" * 32, parent_id="9" * 16, sampled=True)
+    lines = _request(exchange, b"127.0.0.1:1", traceparent).partition(b"\r\n\r\n")[0].split(b"\r\n")
+
+    assert sorted(line.partition(b": ")[2] for line in lines if line.startswith(b"trace")) == sorted(expected)
