@@ -38,6 +38,7 @@ Detected = Literal[
     "us-ssn",
 ]  # sidecar/core/detectors.py
 Rate = Annotated[float, msgspec.Meta(ge=1e-6)]  # once in twelve days; less would make waits infinite
+Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Units = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
 Period = Literal["minute", "hour", "day", "week", "month"]
 Part = Literal["user", "workload", "session", "agent_session", "tool", "server"]  # of what has an account of its own
@@ -289,7 +290,7 @@ class Telemetry(Record, frozen=True, kw_only=True):
 
     otlp_endpoint: str | None = None  # base URL of an OTLP/HTTP receiver, as OTEL_EXPORTER_OTLP_ENDPOINT
     content: bool = False  # tool arguments and results on spans (opt-in by the semantic conventions)
-    sample_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None  # of traces begun here; None: OTEL_TRACES_SAMPLER
+    sample_ratio: Ratio | None = None  # of traces begun here; None: as OTEL_TRACES_SAMPLER says
 
 
 class PolicySet(Record, frozen=True, kw_only=True):
