@@ -79,7 +79,7 @@ def test_a_server_reaches_what_is_declared(governed: Governed, strangers: str) -
 def test_policies_that_somebody_deletes_or_opens_are_put_right(governed: Governed) -> None:
     """Within seconds, and nothing else is touched."""
     demo = ("--namespace", "demo")
-    policy = "networkpolicy/sidegate.servers"
+    policy = "networkpolicy/sidegate"
     before = governed.cluster.get(*demo, policy)["spec"]
     opened = json.dumps({"spec": {"ingress": [{}], "egress": [{}]}})
 

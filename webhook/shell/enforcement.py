@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_S: Final = 5.0
 AGAIN_S: Final = 300.0  # a network's policies are not switched off by the minute
+SOON_S: Final = 10.0  # of a pod that does not answer, as it is starting
 DIAL_S: Final = 2.0  # a pod of the same cluster answers in milliseconds
 MAX_DIALS: Final = 20  # a step
 EXPOSED: Final = "NetworkPolicy is not enforced: the application can be reached past its sidecar"
@@ -90,7 +91,10 @@ class Enforcement:
         if not self._leadership.leads:
             return
         now_s = asyncio.get_running_loop().time()
-        due = sorted((key for key, target in self._targets.items() if target.due_s <= now_s), key=str)[:MAX_DIALS]
+        due = sorted(
+            (key for key, target in self._targets.items() if target.due_s <= now_s),
+            key=lambda key: self._targets[key].due_s,
+        )[:MAX_DIALS]
         async with asyncio.TaskGroup() as tasks:
             asked = {key: tasks.create_task(self._is_exposed(self._targets[key])) for key in due}
         for key, answer in asked.items():
@@ -98,7 +102,8 @@ class Enforcement:
             if before is None:
                 continue
             is_exposed = answer.result()
-            self._targets[key] = replace(before, due_s=now_s + AGAIN_S, is_exposed=is_exposed)
+            wait_s = SOON_S if is_exposed is None else AGAIN_S
+            self._targets[key] = replace(before, due_s=now_s + wait_s, is_exposed=is_exposed)
             if is_exposed and not before.is_exposed:
                 log.error(EXPOSED, extra={"pod": "/".join(key)})
         found = [target.is_exposed for target in self._targets.values()]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.webhook.kube_server import PODS, KubeServer
+from webhook.shell import enforcement as enforcement_module
 from webhook.shell.enforcement import Enforcement
 from webhook.shell.kube import Gone, Listed, Put
 from webhook.shell.lease import Leadership
@@ -21,7 +22,7 @@ async def closed_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def listener() -> AsyncIterator[int]:
+async def listener(port: int = 0) -> AsyncIterator[int]:
     """Somebody who listens, and hears nothing."""
     heard = []
 
@@ -30,7 +31,7 @@ async def listener() -> AsyncIterator[int]:
             heard.append(await reader.read(100))
         writer.close()
 
-    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    server = await asyncio.start_server(hear, "127.0.0.1", port)
     async with server:
         yield server.sockets[0].getsockname()[1]
     assert not any(heard)
@@ -91,6 +92,21 @@ async def test_silence_alone_proves_nothing() -> None:
         await enforcement.step()
 
     assert counted(metrics) == {"closed": 0, "exposed": 0, "unknown": 1}
+
+
+async def test_a_pod_that_was_starting_is_dialled_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has an address before its sidecar listens."""
+    monkeypatch.setattr(enforcement_module, "SOON_S", 0.0)
+    port = await closed_port()
+    enforcement, metrics = an_enforcement(port)
+    enforcement.apply(Listed([a_pod(await closed_port())], "1"))
+    await enforcement.step()
+    assert counted(metrics)["unknown"] == 1
+
+    async with listener(port):
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
 
 
 async def test_only_pods_that_can_be_dialled_count() -> None:
