@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from aiohttp import web
+from prometheus_client import Counter
 
 from certs.spiffe import TrustDomain
 from certs.tls import peer_of
@@ -145,6 +146,7 @@ class BundleEndpoint:
         self._reports = Reports() if reports is None else reports
         self._trust_domain = trust_domain
         self._metrics = metrics
+        self._counters: dict[int, Counter] = {}
         self._now = now
 
     async def get(self, request: web.Request) -> web.StreamResponse:
@@ -152,10 +154,16 @@ class BundleEndpoint:
         try:
             response = await self._answer(request)
         except web.HTTPException as error:
-            self._metrics.bundle_requests.labels(str(error.status)).inc()
+            self._count(error.status)
             raise
-        self._metrics.bundle_requests.labels(str(response.status)).inc()
+        self._count(response.status)
         return response
+
+    def _count(self, status: int) -> None:
+        counter = self._counters.get(status)
+        if counter is None:  # looked up once: it takes as long as to find the bundle
+            counter = self._counters[status] = self._metrics.bundle_requests.labels(str(status))
+        counter.inc()
 
     async def _answer(self, request: web.Request) -> web.Response:
         pod, service_account = self._caller(request)
