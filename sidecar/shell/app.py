@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import uvloop
@@ -42,7 +42,6 @@ from sidecar.shell.metrics import Gauges, Reading
 from sidecar.shell.oauth import OAuthClient
 from sidecar.shell.probes import decode as decode_probes
 from sidecar.shell.providers import Providers
-from sidecar.shell.quota import Login, Store
 from sidecar.shell.secrecy import forbid_dumps
 from sidecar.shell.serving import Serving
 from sidecar.shell.shipping import Shipping, opened
@@ -53,6 +52,9 @@ from sidecar.shell.telemetry import NOTHING_SAID, Telemetry
 from sidecar.shell.trail import File, Output
 from sidecar.shell.upstream import Upstream
 from sidecar.shell.ways import Ways
+
+if TYPE_CHECKING:
+    from sidecar.shell.quota import Store
 
 log = logging.getLogger(__name__)
 
@@ -211,10 +213,12 @@ class App:
             self._shipping = (Shipping(self._settings, trail, None if identity is None else identity.client),)
         return self._shipping
 
-    def _limits_store(self) -> Store | None:
+    def _limits_store(self) -> "Store | None":
         settings = self._settings
         if not settings.limits_store:
             return None
+        from sidecar.shell.quota import Login, Store  # noqa: PLC0415 - the client takes 10 MB that few sidecars need
+
         login = Login(
             user=settings.limits_store_user, password=settings.limits_store_password, ca_pem=settings.limits_store_ca
         )
