@@ -144,6 +144,12 @@ def test_a_second_version_takes_the_namespaces_that_are_labelled_for_it(operated
     cluster.kubectl("delete", "namespace", "tried", "sidegate-next", "--wait=false")
 
 
+def _fences(governed: Governed) -> str:
+    """The names of the NetworkPolicies that the control plane keeps in demo."""
+    ours = "--selector=app.kubernetes.io/managed-by=sidegate"
+    return governed.cluster.kubectl("--namespace", "demo", "get", "networkpolicies", ours, "--output=name")
+
+
 def _wait_for_revision(governed: Governed, namespace: str, revision: str) -> None:
     """The API server reads changed webhook configurations with some delay."""
     claim = f"pods of {namespace} get revision {revision}"
@@ -204,6 +210,7 @@ def test_an_uninstall_blocks_nothing_and_leaves_what_it_says(operated: Governed)
             "get", ",".join(CLUSTER_WIDE), "--selector=app.kubernetes.io/name=sidegate", "--output=name"
         ).split()
         assert left == []
+        cluster.wait_until("no NetworkPolicy of ours is left", lambda: not _fences(operated), timeout_s=60)
         secrets = cluster.kubectl(*SYSTEM, "get", "secrets", "--output=name").split()
         assert {"secret/sidegate-webhook-ca", "secret/sidegate-bundle-signing"} == {
             each for each in secrets if "helm" not in each
@@ -212,6 +219,7 @@ def test_an_uninstall_blocks_nothing_and_leaves_what_it_says(operated: Governed)
     finally:
         cluster.helm("install", "sidegate", CHART, *SYSTEM, "--wait", "--timeout", "3m", *operated.values(), *SETTINGS)
     _wait_for_revision(operated, "demo", "default")
+    cluster.wait_until("the server is fenced in again", lambda: bool(_fences(operated)), timeout_s=60)
     broken = _server("demo")
     broken["metadata"]["annotations"] = {"sidegate.dev/port": "eighty"}
     with pytest.raises(CommandError, match=r"sidegate\.dev/port"):
