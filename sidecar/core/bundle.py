@@ -211,7 +211,7 @@ def _pack(files: Mapping[str, bytes]) -> bytes:
     # GzipFile, not gzip.compress: the latter's header differs between Python versions.
     with (
         gzip.GzipFile(filename="", fileobj=packed, mode="wb", mtime=0) as stream,
-        tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,  # as USTAR, where names fit
     ):
         for name in sorted(files):
             member = tarfile.TarInfo("/" + name)  # as OPA writes them

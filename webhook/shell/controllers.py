@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.core import profile
+from sidecar.errors import BundleError
 from webhook.core import patch, resources
 from webhook.core import pod as pods
 from webhook.core.annotations import INJECTED
@@ -393,13 +394,13 @@ class Controller:
         if digest in failed:
             raise BadPolicy("bundle", failed[digest])
         try:
-            files = await self._compile_files(effective.policies, effective.profile)
-        except (BadPolicy, OSError) as error:  # OSError: the opa program cannot be run
+            published = self._bundles.sign(await self._compile_files(effective.policies, effective.profile), sequence)
+        # OSError: the opa program cannot be run; the others: what no bundle can hold. One tenant's must not end us.
+        except (BadPolicy, BundleError, OSError, ValueError) as error:
             self._metrics.compilations.labels("failed").inc()
             failed[digest] = str(error)
             raise error if isinstance(error, BadPolicy) else BadPolicy("bundle", str(error)) from error
         self._metrics.compilations.labels("ok").inc()
-        published = self._bundles.sign(files, sequence)
         self._compiled[digest] = published
         while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)

@@ -7,6 +7,7 @@ import pytest
 
 from certs.authority import make_key
 from sidecar.core import profile
+from sidecar.errors import BundleError
 from tests.sidecar.core.test_bundle import members
 from webhook.core import resources
 from webhook.core.compile import Policies
@@ -307,6 +308,29 @@ async def test_missing_compiler_is_a_failure_like_any_other() -> None:
     await cluster.compiled()
 
     assert "/opa" in cluster.entry().problem
+
+
+@pytest.mark.parametrize("error", [BundleError("odd.txt: no such file in a bundle"), ValueError("name is too long")])
+async def test_what_no_bundle_can_hold_is_a_failure_like_any_other(error: Exception) -> None:
+    """What one tenant applies ends the bundles that it touches, not the control plane."""
+    cluster = Cluster()
+    cluster.compile.error = error
+    cluster.listed(a_pod())
+    await cluster.compiled()
+
+    assert str(error) in cluster.entry().problem
+
+
+async def test_policy_may_have_the_longest_name_that_kubernetes_gives() -> None:
+    """And a second one beside it, so that it lies in a directory of that name."""
+    cluster = Cluster()
+    name, cedar = "a" * 253, "permit (principal, action, resource);"
+    cluster.listed(a_pod(), policies=[a_resource(name, cedar=cedar), a_resource("b", cedar=cedar)])
+    await cluster.compiled()
+
+    published = cluster.entry().published
+    assert published is not None
+    assert f"/sets/namespace/{name}/cedar/{name}.cedar" in members(published.data)
 
 
 async def test_resource_that_cannot_be_read_stops_its_namespace() -> None:
