@@ -97,6 +97,9 @@ def test_bundle_of_another_signer_is_refused() -> None:
         ("https://opa.test/mcp/../other", False),
         ("https://opa.test/mcp/%2e%2e/other", False),
         ("https://opa.test/mcp/@evil/x", False),
+        ("https://opa.test/mcp/\t../other", False),
+        ("https://opa.test/mcp/\n../other", False),
+        ("https://opa.test/mcp/ ../other", False),
         ("http://opa.test/mcp/b.tar.gz", False),
     ],
 )
