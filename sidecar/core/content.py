@@ -149,9 +149,9 @@ class Content:
         Where it is not known which tool answers, on a stream of its own or for a task, rules for tools hold for all.
         """
         target = message.target
-        if message.method in _BARE or (target is not None and message.method.endswith("/list")):
+        is_batch = message.body.lstrip(b" \t\r\n")[:1] == b"["  # whose answer holds those to its other messages, too
+        if not is_batch and (message.method in _BARE or (target is not None and message.method.endswith("/list"))):
             return None
-        is_batch = message.body.lstrip(b" \t\r\n")[:1] == b"["
         is_any = message.shape is not Shape.REQUEST or isinstance(target, Task) or is_batch
         name = None if is_any else target.name if isinstance(target, Tool) else ""
         return self._screen(self._of("results", name), "results")

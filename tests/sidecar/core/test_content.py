@@ -45,6 +45,8 @@ def names(body: bytes) -> tuple[str, str]:
         (a_request("tasks/result", {"taskId": "t"}), ("", "everywhere of_a told")),
         (b'{"jsonrpc":"2.0","id":1,"result":{}}', ("everywhere asked of_a", "everywhere of_a told")),
         (b"[" + a_call("b") + b"]", ("everywhere asked", "everywhere of_a told")),
+        (b"[" + a_request("tools/list") + b"," + a_call("b", request_id=8) + b"]", ("", "everywhere of_a told")),
+        (b"[" + a_request("ping") + b"," + a_call("b", request_id=8) + b"]", ("", "everywhere of_a told")),
         (b"", ("", "everywhere of_a told")),
     ],
 )  # fmt: skip
