@@ -95,8 +95,13 @@ class Settings:
     )
     lease: str = setting_of(
         str,
-        "Name of the Lease whose holder writes the status of custom resources; empty: another installation does.",
+        "Name of the Lease whose holder does for all replicas what one has to do; empty: none does.",
         default="sidegate",
+    )
+    status: Literal["write", "leave"] = setting_of(
+        _one_of("write", "leave"),
+        "Whether the status of custom resources is written and pods are counted, or left to another installation.",
+        default="write",
     )
     kubeconfig: str = setting_of(str, "Path of a kubeconfig file; empty: the pod's service account.", default="")
     listen_host: str = setting_of(str, "Address that all listeners bind.", default="::")

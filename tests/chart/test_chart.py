@@ -392,6 +392,16 @@ def test_a_canary_brings_nothing_that_two_would_fight_over() -> None:
     assert all(name.startswith("sidegate-next") for _, name in found)
 
 
+def test_a_canary_has_a_lease_and_leaves_the_status_to_the_first_release() -> None:
+    """Without a Lease nobody would keep the NetworkPolicies of its namespaces, which the first release lets go of."""
+    for values, status in ((CANARY, "leave"), (MINIMAL, "write")):
+        (deployment,) = [each for each in manifests(values) if each["kind"] == "Deployment"]
+        (process,) = deployment["spec"]["template"]["spec"]["containers"]
+        settings = {each["name"]: each.get("value") for each in process["env"]}
+        assert settings["SIDEGATE_LEASE"] == deployment["metadata"]["name"]
+        assert settings["SIDEGATE_STATUS"] == status
+
+
 def test_the_chart_can_be_tried_after_the_installation() -> None:
     """`helm test` tries pods in a labelled namespace of its own, with the right to create pods there and no other."""
     hooks = [

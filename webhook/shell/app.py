@@ -175,13 +175,14 @@ class App:
             profiles=controller.profiles,
         )
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(coverage.run(), name="coverage")
             tasks.create_task(external.run(), name="external")
             tasks.create_task(self._controller.run(self._kube), name="controller")
             tasks.create_task(network_policies.run(), name="network-policies")
             if self._settings.weakest_capture == Capture.REMAP:
                 tasks.create_task(Enforcement(self._kube, self._leadership, self._metrics).run(), name="enforcement")
-            tasks.create_task(statuses.run(), name="status")
+            if self._settings.status == "write":  # two installations would overwrite each other for ever
+                tasks.create_task(statuses.run(), name="status")
+                tasks.create_task(coverage.run(), name="coverage")
 
     def _use_keys(self, keys: SigningKeys) -> None:
         """Sign bundles by *keys* from now on, and tell new pods of them."""

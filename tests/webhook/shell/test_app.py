@@ -248,6 +248,20 @@ async def test_stopping_replica_serves_on_and_says_so(tmp_path: Path) -> None:
     assert headers["Connection"] == "close"
 
 
+async def test_a_second_installation_keeps_the_policies_of_its_namespaces_and_leaves_the_status(tmp_path: Path) -> None:
+    """The first one has let go of them; both would write the same status for ever."""
+    fences = "/apis/networking.k8s.io/v1/namespaces/payments/networkpolicies"
+    async with running(tmp_path, status="leave") as plane:
+        namespace = {"metadata": {"name": "payments", "labels": {"sidegate.dev/injection": "enabled"}}}
+        plane.server.objects["/apis/networking.k8s.io/v1/networkpolicies"] = {}
+        plane.server.put("/api/v1/namespaces", namespace)
+        async with asyncio.timeout(PATIENCE_S):
+            while len(plane.server.objects.get(fences, {})) < 2:  # noqa: ASYNC110 - as the API server does it
+                await asyncio.sleep(0.05)
+        assert set(plane.server.objects[fences]) == {"payments/sidegate", "payments/sidegate.ledger"}
+        assert not [path for path, _ in plane.server.patches if path.endswith("/status")]
+
+
 async def test_bundles_are_for_svids_only(tmp_path: Path) -> None:
     """Without a client certificate there is no answer at all."""
     async with running(tmp_path) as plane:
