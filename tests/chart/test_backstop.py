@@ -356,7 +356,8 @@ def test_the_sidecars_image_is_not_swapped_on_a_live_pod(api: ApiServer, live: s
 ], ids=json.dumps)  # fmt: skip
 def test_our_labels_and_annotations_do_not_change_on_a_live_pod(api: ApiServer, live: str, metadata: JSON) -> None:
     """Neither taken away, nor changed, nor added."""
-    assert "are not changed on one that runs" in change(api, live, {"metadata": metadata}).refusal
+    for path in (live, f"{live}/status"):
+        assert "are not changed on one that runs" in change(api, path, {"metadata": metadata}).refusal
 
 
 def test_everything_else_of_a_live_pod_can_change(api: ApiServer, live: str) -> None:
@@ -417,6 +418,7 @@ def test_a_debug_container_needs_the_glass_to_be_broken(api: ApiServer, live: st
     ):
         assert "touches neither the sidecar's process" in debug(api, glass, **fields).refusal
     assert debug(api, "/api/v1/namespaces/optional/pods/plain").status == 200
+    assert "not for debug containers" in debug(api, "/api/v1/namespaces/optional/pods/plain", name="sidegate").refusal
 
 
 def connect(api: ApiServer, path: str, verb: str, query: str = "") -> str:
@@ -484,6 +486,7 @@ def test_labels_of_namespaces_are_changed_by_the_named_groups(api: ApiServer, st
     jane = {"user": "jane", "groups": ("tenants",)}
 
     for label in ({"sidegate.dev/injection": None}, {"sidegate.dev/break-glass": "allowed"}, {"control-plane": "true"}):
-        assert "members of system:masters only" in change(api, path, {"metadata": {"labels": label}}, **jane).refusal
+        for way in (path, f"{path}/status"):
+            assert "members of system:masters only" in change(api, way, {"metadata": {"labels": label}}, **jane).refusal
     assert change(api, path, {"metadata": {"labels": {"team": "a"}}}, **jane).status == 200
     assert change(api, path, {"metadata": {"labels": {"sidegate.dev/injection": None}}}).status == 200
