@@ -5,7 +5,7 @@ return their structured result a second time as text (MCP 2025-06-18, structured
 """
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -204,7 +204,7 @@ class Rewriter:
         if new in frame.marked:
             raise Unmaskable
         frame.marked.add(new)
-        return [_raw(edit, units, start) for edit in marked]
+        return _raw(marked, units, start)
 
     def _value(self, data: bytes, start: int, end: int, rules: tuple[Searching, ...], level: int) -> list[Edit]:
         """Return the edits of a text, a number or a literal."""
@@ -231,7 +231,7 @@ class Rewriter:
         if not units:
             self.changes[-1] = (text, self._mark)
             return whole
-        return [_raw(edit, units, start) for edit in marked]
+        return _raw(marked, units, start)
 
     def _nested(self, text: bytes, rules: tuple[Searching, ...], level: int) -> list[Edit]:
         """Return the edits of *text*, if it is a document of its own."""
@@ -322,15 +322,17 @@ def _decoded(raw: bytes) -> tuple[bytes, list[tuple[int, int, int]]]:
     return b"".join(pieces), units
 
 
-def _raw(edit: Edit, units: list[tuple[int, int, int]], start: int) -> Edit:
-    """Return *edit* of a text as one of the document, in which its string begins at *start*."""
-    first, last, new = edit
+def _raw(edits: Sequence[Edit], units: list[tuple[int, int, int]], start: int) -> list[Edit]:
+    """Return *edits* of a text as those of the document, in which its string begins at *start*."""
     begins = [unit[0] for unit in units]
-    place = units[bisect_right(begins, first) - 1]
-    begin = place[1] + (0 if place[2] else first - place[0])
-    place = units[max(0, bisect_right(begins, last - 1) - 1)]
-    end = place[1] + (place[2] or last - place[0])
-    return start + begin, start + end, new.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    made: list[Edit] = []
+    for first, last, new in edits:
+        place = units[bisect_right(begins, first) - 1]
+        begin = place[1] + (0 if place[2] else first - place[0])
+        place = units[max(0, bisect_right(begins, last - 1) - 1)]
+        end = place[1] + (place[2] or last - place[0])
+        made.append((start + begin, start + end, new.replace(b"\\", b"\\\\").replace(b'"', b'\\"')))
+    return made
 
 
 def _applied(text: bytes, edits: Sequence[Edit]) -> bytes:
@@ -364,18 +366,24 @@ def _composed(first: list[Edit], second: list[Edit]) -> list[Edit]:
         back.append((start + shift, start + shift + len(new), start, end))
         shift += len(new) - (end - start)
 
+    begins = [each[0] for each in back]
+
     def before(at: int, *, is_end: bool) -> int:
-        moved = 0
-        for begin, end, old_begin, old_end in back:
-            if at <= begin if is_end else at < begin:
-                break
-            if at < end or (is_end and at <= end):
-                return old_end if is_end else old_begin
-            moved = old_end - end
-        return at + moved
+        place = (bisect_left if is_end else bisect_right)(begins, at) - 1
+        if place < 0:
+            return at
+        _, end, old_begin, old_end = back[place]
+        if at < end or (is_end and at == end):
+            return old_end if is_end else old_begin
+        return at + old_end - end
 
     mapped = [(before(start, is_end=False), before(end, is_end=True), new) for start, end, new in second]
-    kept = [one for one in first if not any(start <= one[0] and one[1] <= end for start, end, _ in mapped)]
+    begins_of_mapped = [each[0] for each in mapped]
+    kept = []
+    for one in first:
+        place = bisect_right(begins_of_mapped, one[0]) - 1
+        if place < 0 or one[1] > mapped[place][1]:  # nothing covers it
+            kept.append(one)
     return sorted([*kept, *mapped])
 
 

@@ -194,3 +194,12 @@ def test_every_text_stands_in_a_level_as_it_is() -> None:
     for _ in range(3):
         deep = json.dumps({"t": deep})
     assert list(levels(deep.encode()))[-1] is None
+
+
+def test_thousands_of_marks_are_set_in_linear_time() -> None:
+    """Of escapes, and of what is found in a text once more after what was found in the document it holds."""
+    many, rule = 5_000, a_rule(patterns=("email",))
+    assert rewritten(json.dumps("\n a@b.test" * many).encode(), rule) == json.dumps("\n [masked]" * many).encode()
+
+    nested = json.dumps(json.dumps(["a@b.test", "x\n@b.test"] * many)).encode()
+    assert json.loads(rewritten(nested, rule)).count("[masked]") == 2 * many
