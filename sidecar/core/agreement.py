@@ -151,12 +151,14 @@ _NUMBER: Final = re.compile(r"-?\d{1,400}(\.\d{1,400})?([eE][+-]?\d{1,4})?", re.
 
 def repeated(headers: Headers, changes: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return *headers* in which those that repeat an argument repeat what *changes* (before, after) made of it."""
+    after: dict[bytes, bytes] = {}
+    for old, new in changes:  # as many as a caller likes
+        after.setdefault(old, new)
     made = list(headers)
-    for old, new in changes:
-        text = old.decode(errors="replace")
-        for number, (name, value) in enumerate(made):
-            if name.startswith(PREFIX) and _says(value, text):
-                made[number] = (name, _written(new))
+    for number, (name, value) in enumerate(made):
+        said = _read(value) if name.startswith(PREFIX) else None
+        if said is not None and said in after:
+            made[number] = (name, _written(after[said]))
     return made
 
 
@@ -170,20 +172,23 @@ _SENTINEL: Final = re.compile(rb"=\?base64\?(.*)\?=", re.DOTALL)  # this very sp
 
 
 def _says(header: bytes | None, text: str) -> bool:
-    """Say whether *header* repeats *text*: as it is, or in base64 where HTTP could not carry it.
+    """Say whether *header* repeats *text*."""
+    return header is not None and _read(header) == text.encode()
+
+
+def _read(header: bytes) -> bytes | None:
+    """Return the text that *header* repeats: as it is, or in base64 where HTTP could not carry it; None: neither.
 
     One client (Go's) writes what is not ASCII as it is; as long as the bytes are the same, so is what they say.
     """
-    if header is None:
-        return False
     encoded = _SENTINEL.fullmatch(header)
     if encoded is None:
-        return header == text.encode()
+        return header
     try:
         decoded = base64.b64decode(encoded[1], validate=True)
     except binascii.Error:
-        return False
-    return decoded == text.encode() and base64.b64encode(decoded) == encoded[1]  # one spelling only
+        return None
+    return decoded if base64.b64encode(decoded) == encoded[1] else None  # one spelling only
 
 
 def _refuse_repeated(connection: Connection) -> None:

@@ -322,3 +322,16 @@ def test_any_argument_and_header_agree_or_are_refused(name: str, argument: Any, 
     """Never anything else."""
     message = parse(a_call(name, {"region": argument, "tenant": argument}))
     agrees(message, [(b"mcp-param-region", value), (b"mcp-param-tenant", value)], KNOWN)
+
+
+def test_headers_that_repeat_what_was_changed_repeat_what_came_of_it() -> None:
+    """Each is read once, however many changes and headers there are; of two changes of one text the first holds."""
+    said = base64.b64encode("é 7".encode())
+    headers = [(b"mcp-param-%d" % number, b"text 7") for number in range(100)]
+    headers += [(b"mcp-param-e", b"=?base64?" + said + b"?="), (b"mcp-param-none", b""), (b"x-other", b"text 7")]
+    changes = [(b"text %d" % number, b"[masked]") for number in range(100_000)]
+    made = agreement.repeated(headers, [*changes, (b"text 7", b"other"), ("é 7".encode(), "é".encode())])
+
+    assert made[:100] == [(name, b"[masked]") for name, _ in headers[:100]]
+    assert made[100] == (b"mcp-param-e", b"=?base64?" + base64.b64encode("é".encode()) + b"?=")
+    assert made[101:] == headers[101:]
