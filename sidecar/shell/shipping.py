@@ -122,6 +122,9 @@ class Shipping:
             return True
         is_last = position.number != self._file.number  # of the lines of this file
         try:
+            if os.fstat(descriptor).st_size < position.offset:  # somebody has cut it, as `copytruncate` does
+                log.error("audit file cut: what was not shipped of it will not be", extra={"file": position.number})
+                position = Position(number=position.number, offset=0)
             taken = await asyncio.to_thread(_read, descriptor, position.offset, is_last=is_last)
         finally:
             os.close(descriptor)

@@ -211,6 +211,9 @@ class File(Output):
             old = self.fd
             self._open()
             os.close(old)
+            if self.position is not None:  # who ships must begin the new file at its beginning
+                self.number += 1
+                log.error("audit file moved away: what was not shipped of it will not be")
         elif self._age_s and self._size and now_s - self._opened_s > self._age_s:
             self._rotate()
 

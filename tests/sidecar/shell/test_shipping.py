@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from sidecar.config import Settings, ShipFormat
 from sidecar.core.chain import verify
 from sidecar.core.profile import Audit as AuditProfile
 from sidecar.errors import ConfigError, Reason, Refusal
-from sidecar.shell import shipping
+from sidecar.shell import shipping, trail
 from sidecar.shell.audit import Audit
 from sidecar.shell.shipping import Shipping, opened
 from sidecar.shell.trail import File
@@ -352,3 +353,28 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, changes
     chosen = settings(tmp_path / "audit.jsonl", 1, **changes)
     with pytest.raises(ConfigError, match=said):
         Shipping(chosen, file_of(chosen), None)
+
+
+@pytest.mark.parametrize("how", ["moved", "cut"])
+async def test_a_file_that_somebody_else_rotates_is_shipped_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The place in the old file says nothing of the new one; half a line or none would be sent from there."""
+    monkeypatch.setattr(trail, "LOOK_S", 0.0)
+    path = tmp_path / "audit.jsonl"
+    async with serving(Receiver()) as receiver:
+        chosen = settings(path, receiver.port)
+        file = file_of(chosen)
+        audit = Audit(file)
+        observe(audit, 10)
+        async with shipping_to(chosen, file):
+            await eventually(lambda: len(receiver.lines) == 10, what="the first lines")
+            if how == "moved":
+                path.rename(tmp_path / "audit.jsonl-20261122")
+            else:
+                os.truncate(path, 0)
+            observe(audit, 3)
+            await eventually(lambda: len(receiver.lines) == 13, what="the lines of the new file")
+        audit.close()
+
+    assert verify(receiver.lines, None).is_sound
