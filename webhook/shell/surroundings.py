@@ -56,6 +56,7 @@ class NetworkPolicies:
         self._profiles: dict[Source, Any] = {}
         self._providers: dict[Source, Any] = {}
         self._dirty: set[str] = set()
+        self._failing: set[str] = set()  # of these
         self._said: set[str] = set()
 
     async def run(self) -> None:
@@ -123,16 +124,19 @@ class NetworkPolicies:
         if not self._leadership.leads:
             return
         writes = 0
-        for namespace in sorted(self._dirty):
+        for namespace in sorted(self._dirty, key=lambda each: (each in self._failing, each)):
             if writes >= MAX_WRITES:
                 return  # the rest of them in the next step
+            self._dirty.discard(namespace)  # before, as what changes meanwhile must be looked at again
             try:
                 writes += await self._put_right(namespace)
             except KubeError as error:  # of this namespace: it may be on its way out
                 writes += 1
+                self._dirty.add(namespace)
+                self._failing.add(namespace)  # others first: it may go on failing
                 log.warning("network policy not written", extra={"namespace": namespace, "error": str(error)})
             else:
-                self._dirty.discard(namespace)
+                self._failing.discard(namespace)
         self._metrics.network_policies.set(sum(len(each) for each in self._actual.values()))
 
     def _look(self) -> None:

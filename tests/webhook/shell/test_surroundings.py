@@ -13,6 +13,7 @@ from webhook.core.effective import Defaults
 from webhook.core.resources import PeerSpec
 from webhook.core.surroundings import Surroundings
 from webhook.errors import KubeError
+from webhook.shell import surroundings as surroundings_module
 from webhook.shell.bundles import Bundles
 from webhook.shell.controllers import Controller
 from webhook.shell.kube import Kube, Listed
@@ -218,3 +219,47 @@ async def test_a_failing_api_server_is_tried_again(fence: Fence, monkeypatch: py
 
     await fence.until("it is there in the end", lambda: "sidegate-fence.ledger" in fence.there())
     assert failing == []
+
+
+async def test_what_is_deleted_while_another_is_written_is_put_right(
+    fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever edits in time with the control plane gets no gap."""
+    create, deleted = fence.kube.create, []
+
+    async def slowly(path: str, item: Any, **options: Any) -> Any:
+        if item["metadata"]["name"] == "sidegate-fence.ledger" and not deleted:
+            deleted.append(await asyncio.to_thread(fence.api.call, "DELETE", fence.path("sidegate-fence")))
+            held = fence.policies._actual or {}
+            await fence.until("it is known", lambda: "sidegate-fence" not in held[fence.namespace])
+        return await create(path, item, **options)
+
+    await fence.until("it is there", lambda: "sidegate-fence" in fence.there())
+    monkeypatch.setattr(fence.kube, "create", slowly)
+    fence.profile(selector={})
+
+    await fence.until("both are there", lambda: set(fence.there()) == {"sidegate-fence", "sidegate-fence.ledger"})
+    assert deleted[0].status == 200
+
+
+async def test_a_namespace_that_goes_on_failing_holds_up_no_other(
+    fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota, or a namespace that does not end: the writes of a step are for the others first."""
+    monkeypatch.setattr(surroundings_module, "MAX_WRITES", 1)
+    create = fence.kube.create
+
+    async def refused(path: str, item: Any, **options: Any) -> Any:
+        if "/a-full-one/" in path:
+            raise KubeError(403, "exceeded quota")
+        return await create(path, item, **options)
+
+    await fence.until("it is there", lambda: "sidegate-fence" in fence.there())
+    monkeypatch.setattr(fence.kube, "create", refused)
+    fence.api.make_namespace("a-full-one", **{"sidegate.dev/injection": "enabled"})
+    await fence.until("it fails", lambda: "a-full-one" in fence.policies._dirty)
+    fence.profile(selector={})
+
+    await fence.until("the other has its own", lambda: "sidegate-fence.ledger" in fence.there())
+    assert "a-full-one" in fence.policies._dirty
+    fence.api.call("DELETE", "/api/v1/namespaces/a-full-one")
