@@ -30,6 +30,7 @@ AGAIN_S: Final = 300.0  # a network's policies are not switched off by the minut
 SOON_S: Final = 10.0  # of a pod that does not answer, as it is starting
 DIAL_S: Final = 2.0  # a pod of the same cluster answers in milliseconds
 MAX_DIALS: Final = 20  # a step
+MAX_PORTS: Final = 16  # of a pod, which may declare thousands; any that answers shows what the network is worth
 EXPOSED: Final = "NetworkPolicy is not enforced: the application can be reached past its sidecar"
 
 
@@ -114,10 +115,9 @@ class Enforcement:
     async def _is_exposed(self, target: Target) -> bool | None:
         if not await _answers(target.address, self._health_port):
             return None  # it is not up, or we may not dial it at all: silence elsewhere would prove nothing
-        for port in target.ports:
-            if await _answers(target.address, port):
-                return True
-        return False
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(_answers(target.address, port)) for port in target.ports[:MAX_PORTS]]
+        return any(each.result() for each in asked)
 
 
 async def _answers(address: str, port: int) -> bool:

@@ -74,6 +74,27 @@ async def test_an_application_that_answers_is_exposed(caplog: pytest.LogCaptureF
     assert [each.pod for each in caplog.records if hasattr(each, "pod")] == ["team/a"]
 
 
+async def test_a_pod_with_many_ports_does_not_keep_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ports are dialled together, and no more than a few of them."""
+    dialled: list[int] = []
+    together = asyncio.Barrier(enforcement_module.MAX_PORTS)
+
+    async def answers(_: str, port: int) -> bool:
+        dialled.append(port)
+        if port != 1:
+            await together.wait()
+        return port == 1
+
+    monkeypatch.setattr(enforcement_module, "_answers", answers)
+    enforcement, metrics = an_enforcement(1)
+    enforcement.apply(Listed([a_pod(*range(8000, 9000))], "1"))
+    async with asyncio.timeout(10):
+        await enforcement.step()
+
+    assert len(dialled) == 1 + enforcement_module.MAX_PORTS
+    assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
+
+
 async def test_silence_beside_an_answer_is_the_proof() -> None:
     """The health port shows that the pod is up and in reach."""
     async with listener() as health:
