@@ -144,7 +144,7 @@ def _recorded_move(metadata: JSON) -> PortMove | None:
         if not moved:
             return None
         return PortMove(container=str(moved["container"]), port=int(moved["port"]), name=str(moved["name"]))
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"annotation {STATUS}: {error}") from error
 
 

@@ -73,7 +73,10 @@ def test_pod_without_anything_of_ours_is_its_own_restoration() -> None:
     assert patch.restore(pod) is pod
 
 
-@pytest.mark.parametrize("status", ["no JSON", "[]", '{"moved": {"port": 1}}', '{"moved": {"port": "x"}}'])
+@pytest.mark.parametrize("status", [
+    "no JSON", "[]", '{"moved": {"port": 1}}', '{"moved": {"port": "x"}}',
+    '{"moved": {"container": "app", "port": 1e999, "name": "x"}}',
+])  # fmt: skip
 def test_unreadable_status_is_an_error(status: str) -> None:
     """What stood in place of a moved port is not guessed."""
     pod = {
