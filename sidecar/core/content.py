@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, Final
 
 import msgspec
@@ -18,7 +19,7 @@ import msgspec
 from sidecar.core.detectors import DETECTORS, Span, spans
 from sidecar.core.message import Message, Prompt, Resource, Shape, Task, Tool
 from sidecar.core.profile import ContentRule
-from sidecar.core.splicing import ANSWER, ARGUMENTS, RESULT, Rewriter, Scope, Unmaskable, levels
+from sidecar.core.splicing import ANSWER, ARGUMENTS, MAX_MARKS, RESULT, Rewriter, Scope, Unmaskable, levels
 from sidecar.errors import BundleError
 
 __all__ = ["ANSWER", "ARGUMENTS", "RESULT", "Content", "Found", "Screen", "Screened", "Unmaskable", "compiled"]
@@ -67,8 +68,9 @@ class Rule:
         return bool(self.names or self.paths)
 
     def find(self, text: bytes) -> list[Span]:
-        """Return where it finds something in *text*, in order, and not where the mark of another stands."""
-        found = [span for compiled_, refine in self.searches for span in spans(text, compiled_, refine)]
+        """Return where it finds something in *text*, in order; of more than can be masked, some."""
+        each = (islice(spans(text, compiled_, refine), MAX_MARKS + 1) for compiled_, refine in self.searches)
+        found = list(chain.from_iterable(each))
         return found if len(self.searches) < 2 else sorted(found)
 
     def covers(self, path: tuple[str, ...] | None, name: str) -> bool:

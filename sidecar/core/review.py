@@ -126,8 +126,8 @@ def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge) -> Seen
     found: tuple[Found, ...] = ()
     try:
         screened = screen.screen(data, ANSWER)
-    except Unmaskable:
-        denied = "two members would have the same name once masked"
+    except Unmaskable as error:
+        denied = str(error)
     else:
         denied, found = screened.denied and f"content rule {screened.denied}", screened.found
         if screened.data is not data:

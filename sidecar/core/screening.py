@@ -56,8 +56,8 @@ def _screened(part: bytes, message: Message, content: Content) -> Screened | Ref
         return Screened(data=part)
     try:
         return rules.screen(part, REQUEST)
-    except Unmaskable:
-        return denial("two members would have the same name once masked")
+    except Unmaskable as error:
+        return denial(str(error))
 
 
 def _denied(screened: Screened) -> Refusal | None:

@@ -15,6 +15,7 @@ import orjson
 
 from sidecar.core.detectors import Span
 
+MAX_MARKS: Final = 20_000  # in one message: each takes up to 50 us, and meanwhile every other call waits
 MAX_NESTED: Final = 4  # texts within texts; what lies deeper is taken as the text that it is
 _TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 _ESCAPE: Final = re.compile(rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.))", re.DOTALL)  # fmt: skip # noqa: E501
@@ -24,7 +25,7 @@ Edit = tuple[int, int, bytes]
 
 
 class Unmaskable(Exception):  # noqa: N818 - names what was found
-    """Two members of an object would get the same name."""
+    """Two members of an object would get the same name, or too much would be masked; the message says which."""
 
 
 class Searching(Protocol):
@@ -202,7 +203,7 @@ class Rewriter:
             return []
         new = _applied(text, marked)
         if new in frame.marked:
-            raise Unmaskable
+            raise Unmaskable("two members would have the same name once masked")
         frame.marked.add(new)
         return _raw(marked, units, start)
 
@@ -254,6 +255,8 @@ class Rewriter:
             found = each.find(text)
             self.counts[each] += len(found)
             if found and each in self._editing:
+                if self.counts[each] > MAX_MARKS:
+                    raise Unmaskable(f"a rule would mask more than {MAX_MARKS} places")
                 spans += found
         if not spans:
             return []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sidecar.core.content import Content
 from sidecar.core.profile import ContentRule
-from sidecar.core.splicing import ANSWER, ARGUMENTS, REQUEST, Rewriter, Scope, Unmaskable, levels
+from sidecar.core.splicing import ANSWER, ARGUMENTS, MAX_MARKS, REQUEST, Rewriter, Scope, Unmaskable, levels
 from tests.sidecar.core.contents import KEY, a_rule
 
 MARK = b"[masked]"
@@ -203,3 +203,10 @@ def test_thousands_of_marks_are_set_in_linear_time() -> None:
 
     nested = json.dumps(json.dumps(["a@b.test", "x\n@b.test"] * many)).encode()
     assert json.loads(rewritten(nested, rule)).count("[masked]") == 2 * many
+
+
+@pytest.mark.parametrize("value", ["a@b.test " * (MAX_MARKS + 1), ["a@b.test"] * (MAX_MARKS + 1)])
+def test_what_would_take_more_marks_than_time_allows_cannot_be_masked(value: str | list[str]) -> None:
+    """Every other call would wait for it."""
+    with pytest.raises(Unmaskable, match=f"more than {MAX_MARKS} places"):
+        rewritten(json.dumps(value).encode(), a_rule(patterns=("email",)))
