@@ -440,6 +440,7 @@ def test_nobody_enters_the_sidecar(api: ApiServer, live: str) -> None:
 STRICT = (
     "backstop.debug.exec=deny",
     "backstop.debug.groups={oncall}",
+    "backstop.debug.ephemeralContainers=allow",
     "backstop.rawSockets=deny",
     "backstop.namespaceGroups={system:masters}",
     "capture.weakest=remap",
@@ -473,6 +474,8 @@ def test_the_operator_chooses(api: ApiServer, strict: str) -> None:
     assert "are off in governed namespaces" in connect(api, path, "exec", "container=app&command=sh")
     oncall = api.call("POST", f"{path}/portforward?ports=8080", user="jane", groups=("system:masters", "oncall"))
     assert "does not have a host assigned" in oncall.refusal
+    assert "drops NET_RAW" in debug(api, path).refusal
+    assert debug(api, path, securityContext={"capabilities": {"drop": ["ALL"]}}).status == 200
 
 
 def test_labels_of_namespaces_are_changed_by_the_named_groups(api: ApiServer, strict: str) -> None:
