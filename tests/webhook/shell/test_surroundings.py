@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.apiserver import ApiServer
+from tests.cluster.apiserver import Answer, ApiServer
 from webhook.core import resources
 from webhook.core.effective import Defaults
 from webhook.core.resources import PeerSpec
@@ -225,7 +225,8 @@ async def test_what_is_deleted_while_another_is_written_is_put_right(
     fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever edits in time with the control plane gets no gap."""
-    create, deleted = fence.kube.create, []
+    create = fence.kube.create
+    deleted: list[Answer] = []
 
     async def slowly(path: str, item: Any, **options: Any) -> Any:
         if item["metadata"]["name"] == "sidegate-fence.ledger" and not deleted:
@@ -262,4 +263,5 @@ async def test_a_namespace_that_goes_on_failing_holds_up_no_other(
 
     await fence.until("the other has its own", lambda: "sidegate-fence.ledger" in fence.there())
     assert "a-full-one" in fence.policies._dirty
-    fence.api.call("DELETE", "/api/v1/namespaces/a-full-one")
+    fence.namespace = "a-full-one"
+    fence.label(None)
