@@ -17,11 +17,13 @@ from sidecar.core.quota import PERIODS_S, SLOTS
 
 LEASE_S: Final = 30.0  # for which a call counts as under way when its replica died
 RENEW_S: Final = LEASE_S / 3
+FOREVER_S: Final = 2**40  # within what the store takes for a key's life, and longer than any
 
 # Arguments of each message: how many entries, then six for each: kind, capacity, rate or slot, cost, lease, shadow.
 # Kinds: b, a bucket; w, a window; c, calls under way. Answers three numbers an entry: wait in ms, what is left, slot.
 CLAIM: Final = (
-    """
+    (
+        """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local answers, k, a = {}, 0, 1
@@ -35,7 +37,7 @@ local function bucket(e)
   e.left = tokens - e.cost
   e.take = function()
     redis.call('HSET', e.key, 'tokens', string.format('%.17g', e.left), 'at', string.format('%.0f', math.max(at, now)))
-    redis.call('PEXPIRE', e.key, string.format('%.0f', math.ceil(e.capacity / e.rate * 1000) + 60000))
+    redis.call('PEXPIRE', e.key, string.format('%.0f', math.min(e.capacity / e.rate, FOREVER) * 1000 + 60000))
   end
 end
 
@@ -108,7 +110,10 @@ while a <= #ARGV do
 end
 return answers
 """
-).replace("SLOTS", str(SLOTS))
+    )
+    .replace("SLOTS", str(SLOTS))
+    .replace("FOREVER", str(FOREVER_S))
+)
 
 # Four arguments for each key: kind, units or lease's length, slot, lease. Kinds: b and w give back, c ends a lease, r renews.
 SETTLE: Final = """

@@ -79,6 +79,13 @@ async def test_a_bucket_fills_by_the_stores_clock(redis: RedisServer) -> None:
         assert await grants(store, limit, times=1) == 1
 
 
+async def test_a_bucket_that_never_fills_is_kept_like_any_other(redis: RedisServer) -> None:
+    """The store takes no life of a key beyond 64 bits; what it refused would count as its absence, for every limit."""
+    async with a_store(redis.url) as store:
+        assert await grants(store, a_limit(burst=10**12, rate_per_s=1e-6), a_limit(name="other"), times=4) == 3
+        assert store.failures == 0
+
+
 async def test_a_window_forgets_what_is_over(redis: RedisServer) -> None:
     """What was used two minutes ago counts no more; what was used within the last one says when it will not."""
     limit = a_limit(rate_per_s=None, burst=None, quotas=(Quota(amount=5, period="minute"),))
