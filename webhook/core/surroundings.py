@@ -126,7 +126,7 @@ def undeclared(
             said.extend(
                 f"MCPServerProfile {name}: {url}: outside the cluster; name its addresses in spec.egress"
                 for url in sorted(set(_needs(profile, providers, surroundings)))
-                if _service(url) is None
+                if _service(url) is None or _is_ambiguous(url)
             )
     return said
 
@@ -247,6 +247,12 @@ def _service(url: str) -> ReachSpec | None:
         labels = host.split(".")
     is_service = len(labels) == 2 or labels[2:3] == ["svc"]
     return ReachSpec(namespace=labels[1]) if is_service else None
+
+
+def _is_ambiguous(url: str) -> bool:
+    """Say whether `https://gitlab.com` may be meant: two labels, as a Service has them, and the port of the web."""
+    parts = urlsplit(url)
+    return parts.scheme == "https" and parts.port in (None, 443) and (parts.hostname or "").count(".") == 1
 
 
 def _unique(peers: Iterable[Any]) -> list[Any]:

@@ -148,6 +148,20 @@ def test_the_sidecar_reaches_what_the_profile_has_it_call() -> None:
     ]
 
 
+@pytest.mark.parametrize(("issuer", "is_said"), [
+    ("https://gitlab.com", True),
+    ("https://gitlab.com:443", True),
+    ("https://keycloak.identity:8443", False),
+    ("https://keycloak.identity.svc", False),
+    ("https://[2001:db8::1]", False),
+])  # fmt: skip
+def test_a_short_name_of_the_web_is_not_taken_for_a_service_in_silence(issuer: str, *, is_said: bool) -> None:
+    """Two labels name a Service and its namespace, or a site and its top-level domain."""
+    profile = a_profile(identity={"providers": [{"name": "corp"}]})
+
+    assert bool(undeclared({"ledger": profile}, a_provider(issuer=issuer), SETTINGS)) == is_said
+
+
 def test_a_destination_outside_the_cluster_is_to_be_named() -> None:
     """No policy holds a host's name; whoever names addresses has thought of it."""
     outside = a_provider(issuer="https://login.example.com/tenant")
