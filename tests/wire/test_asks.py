@@ -17,7 +17,7 @@ from mcp_types import CreateMessageRequestParams, CreateMessageResult, SamplingM
 from sidecar.core.authorise import Engine, Question, Verdict
 from sidecar.core.message import Ask
 from sidecar.errors import Reason
-from sidecar.record import record
+from sidecar.record import line
 from tests.builders import a_snapshot
 from tests.fakes import Client, FakeServer, Heard, Path, a_path, a_server, eventually, post
 from tests.wire.test_http import running
@@ -49,7 +49,7 @@ def asked(path: Path) -> list[tuple[str, Reason | None, str]]:
         (
             each.message.method,
             None if each.refusal is None else each.refusal.reason,
-            record(each)["decision"]["outcome"],
+            json.loads(line(each))["decision"]["outcome"],
         )
         for each in path.exchanges
         if each.message and isinstance(each.message.target, Ask)
@@ -267,7 +267,7 @@ async def test_what_an_answer_asks_is_judged(answer: str, form: str, may_open: b
         await client.say(post(CALL, SESSION, VERSION))
         heard = await client.hear()
         seen, call = asked(path), path.exchanges[-1]
-        urls = [record(each)["message"]["url"] for each in path.exchanges]
+        urls = [json.loads(line(each))["message"]["url"] for each in path.exchanges]
 
     assert heard is not None
     body = heard.body if form == "json" else heard.body.removeprefix(b"data: ")
@@ -308,7 +308,7 @@ async def test_a_task_belongs_to_whom_it_was_given() -> None:
         for task_id in ("t1", "t2"):
             await client.say(post(a_message("tasks/get", {"taskId": task_id}), SESSION, VERSION))
             answers.append(await client.hear())
-        tasks = [record(each)["message"]["task"] for each in path.exchanges[2:]]
+        tasks = [json.loads(line(each))["message"]["task"] for each in path.exchanges[2:]]
 
     assert [each and b"task not found" in each.body for each in answers] == [False, True]
     assert len(fake.heard) == 3

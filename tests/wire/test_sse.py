@@ -13,7 +13,7 @@ from mcp.shared.exceptions import MCPError
 from sidecar.core.authorise import Engine, Question, Verdict
 from sidecar.core.message import Tool
 from sidecar.errors import Reason
-from sidecar.record import record
+from sidecar.record import line
 from tests.builders import a_snapshot
 from tests.fakes import Client, FakeEngine, Heard, Path, a_path, a_server, allowing, eventually, post
 from tests.parts import part
@@ -79,7 +79,7 @@ async def test_a_governed_client_works_and_survives_refusals() -> None:
     assert [each.refusal.reason if each.refusal else None for each in calls] == [None, Reason.DENIED, None]
     assert [each.result is not None for each in calls] == [True, False, True]
     assert {each.agent.client_name for each in calls} == {"mcp"}
-    written = [record(each) for each in calls]
+    written = [json.loads(line(each)) for each in calls]
     assert {each["http"]["status"] for each in written} == {202}
     assert len({each["session"] for each in written}) == 1
 

@@ -36,7 +36,7 @@ def an_authority() -> tuple[Authority, TrustBundles]:
         name="CA",
         key=make_key(),
         now=NOW,
-        lifetime=timedelta(hours=1),
+        lifetime=timedelta(days=1),
         serial=x509.random_serial_number(),
         trust_domain=A_TEST,
     )
@@ -47,7 +47,7 @@ def an_svid(authority: Authority, bundles: TrustBundles, spiffe_id: SpiffeId) ->
     """An SVID that lives now."""
     key = make_key()
     leaf = authority.sign_svid(
-        spiffe_id, key.public_key(), now=NOW, lifetime=timedelta(minutes=10), serial=x509.random_serial_number()
+        spiffe_id, key.public_key(), now=NOW, lifetime=timedelta(hours=12), serial=x509.random_serial_number()
     )
     return Svid.parse(spiffe_id, leaf.public_bytes(Encoding.DER), key_der(key), bundles, now=datetime.now(UTC))
 
