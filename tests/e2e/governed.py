@@ -122,6 +122,12 @@ def spiffe_id(name: str, namespace: str, container_name: str) -> dict[str, Any]:
     }
 
 
+def records(log: str) -> list[dict[str, Any]]:
+    """The audit records in what a sidecar wrote, one of each message."""
+    lines = (json.loads(line) for line in log.splitlines() if line.startswith("{"))
+    return [line for line in lines if line.get("phase") == "end"]
+
+
 @dataclasses.dataclass
 class Governed:
     """A cluster with Sidegate in it, and the verbs of its users."""
@@ -210,8 +216,7 @@ class Governed:
         text = self.cluster.kubectl(
             "--namespace", "demo", "logs", self.pod(name)["metadata"]["name"], "--container=sidegate"
         )
-        lines = (json.loads(line) for line in text.splitlines() if line.startswith("{"))
-        return [line for line in lines if line.get("phase") == "end"]
+        return records(text)
 
     def spans(self) -> list[dict[str, Any]]:
         """Every span that the collector has received."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.cluster import Cluster, CommandError
-from tests.e2e.governed import Governed, container, deployment, resource, service, workload_image
+from tests.e2e.governed import Governed, container, deployment, records, resource, service, workload_image
 
 pytestmark = pytest.mark.e2e
 
@@ -325,7 +325,7 @@ def test_an_unmodified_agent_and_an_unmodified_server_know_each_other(governed: 
 
     assert outcome["results"][0]["ok"], outcome
     logs = governed.cluster.kubectl("--namespace", "planners", "logs", "deployment/planner", "--container=sidegate")
-    out = [json.loads(line) for line in logs.splitlines() if '"outbound"' in line]
+    out = [each for each in records(logs) if each["direction"] == "outbound"]
     called = next(each for each in reversed(out) if (each["message"] or {}).get("method") == "tools/call")
     answered = next(each for each in reversed(governed.audit("records")) if each["trace_id"] == called["trace_id"])
     server = f"spiffe://{governed.spire.trust_domain}/ns/demo/sa/default"

@@ -139,7 +139,7 @@ def test_a_second_version_takes_the_namespaces_that_are_labelled_for_it(operated
         _wait_for_revision(operated, "demo", "default")
     finally:
         cluster.helm("uninstall", "sidegate-next", "--namespace", "sidegate-next", "--wait")
-        _upgrade(operated, "--set", "canaries=null")
+        _upgrade(operated, "--set-json", "canaries=[]")
     _wait_for_revision(operated, "tried", "default")
     cluster.kubectl("delete", "namespace", "tried", "sidegate-next", "--wait=false")
 
