@@ -88,7 +88,11 @@ class Audit:
             self._mark(Event.CHECKPOINT)
 
     def close(self) -> None:
-        """Close the chain, and the sink."""
+        """Write what waits, if that can be done now, close the chain, and the sink."""
+        self._write_waiting()
+        if self._waiting:
+            self.lost += len(self._waiting)
+            log.error("audit records lost with the process", extra={"records": len(self._waiting)})
         self._mark(Event.CLOSED)
         self._sink.close()
 

@@ -91,6 +91,27 @@ def test_records_wait_for_the_sink_to_recover(tmp_path: Path) -> None:
     audit.close()
 
 
+def test_records_that_wait_are_written_at_the_end(tmp_path: Path) -> None:
+    """The sink may be well again while nobody calls any more."""
+    audit = Audit(File("/dev/full"))
+    audit.observe(an_exchange(status=200))
+    _redirect(audit, tmp_path / "audit.jsonl")
+    audit.close()
+
+    assert [json.loads(text)["http"]["status"] for text in _lines(tmp_path / "audit.jsonl")] == [200]
+    assert (audit.records, audit.lost) == (1, 0)
+
+
+def test_records_that_cannot_be_written_at_the_end_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """They are gone with the process, and that is said."""
+    audit = Audit(File("/dev/full"))
+    audit.observe(an_exchange())
+    audit.close()
+
+    assert audit.lost == 1
+    assert "audit records lost with the process" in caplog.text
+
+
 def test_waiting_records_are_bounded_and_losses_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink that is gone for good must not fill the memory."""
     monkeypatch.setattr("sidecar.shell.audit.MAX_WAITING", 3)
