@@ -200,7 +200,7 @@ class BundleSource:
         if is_new:
             self._digest = digest
             try:
-                await self._put_in_force(self._decoded(data))
+                await self._put_in_force(await asyncio.to_thread(self._decoded, data))  # a second a MB of data
             except BundleError as error:
                 self._refuse(error)
                 return True
@@ -243,7 +243,7 @@ class BundleSource:
             return
         try:
             data = self._path.read_bytes()
-            bundle = self._decoded(data)
+            bundle = await asyncio.to_thread(self._decoded, data)
             self._keyring, self._stamp = bundle.keyring, bundle.stamp  # known, also if it does not load any more
             await self._put_in_force(bundle)
             age_s = max(0.0, self._wall() - self._path.stat().st_mtime)

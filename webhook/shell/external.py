@@ -143,5 +143,7 @@ class External:
                 packed += piece
                 if len(packed) > limit:
                     raise BundleError(f"bundle: larger than {limit} bytes")
-            source.fetched = read(bytes(packed), spec)
-            source.etag = response.headers.get("ETag", "")
+            etag = response.headers.get("ETag", "")
+        # On a thread: a second a MB of data, in which admission is to be served.
+        source.fetched = await asyncio.to_thread(read, bytes(packed), spec)
+        source.etag = etag

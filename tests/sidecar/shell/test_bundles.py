@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from certs.svid import Svid
 from certs.tls import MutualClient, MutualServer, peer_of
 from sidecar.config import Settings
 from sidecar.core import profile
-from sidecar.core.bundle import Bundle, encode
+from sidecar.core.bundle import Bundle, decode, encode
+from sidecar.core.keyring import Keyring
 from sidecar.core.profile import Audit, Profile, Server
 from sidecar.errors import BundleError, ConfigError
 from sidecar.shell import bundles as module
@@ -189,6 +191,22 @@ async def test_bundle_is_pulled_and_put_in_force() -> None:
         assert plane.asked[1].headers["If-None-Match"] == '"1"'
         assert source.detail == "confirmed"
         assert source.age_s is not None
+
+
+async def test_bundle_is_verified_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megabytes of data take seconds, in which calls go on."""
+    threads: list[threading.Thread] = []
+
+    def noting(data: bytes, keys: Keyring) -> Bundle:
+        threads.append(threading.current_thread())
+        return decode(data, keys)
+
+    monkeypatch.setattr(module, "decode", noting)
+    plane, sidecar = FakeControlPlane(), Sidecar()
+    async with _pulling(plane, sidecar):
+        await eventually(lambda: sidecar.revisions, what="a bundle")
+
+    assert [each is threading.main_thread() for each in threads] == [False]
 
 
 async def test_new_bundle_comes_as_soon_as_it_is_published() -> None:

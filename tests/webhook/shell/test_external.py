@@ -1,6 +1,7 @@
 """An external bundle server, real HTTP: polled, verified, compiled into what pods get; the last good one stays."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from tests.parts import part
 from tests.webhook.core.test_external import KEY, REGO, signed
 from tests.webhook.shell.test_bundles import CONTROL_PLANE, OTHERS, OURS, snapshot
 from tests.webhook.shell.test_controllers import POLICIES, Cluster, a_pod, a_resource
+from webhook.core.external import Fetched, read
 from webhook.core.resources import BundleSpec
 from webhook.errors import BadResource
 from webhook.shell import external as module
@@ -132,6 +134,24 @@ async def test_what_does_not_hold_leaves_the_last_good_one(
             await rig.after(60)
 
         assert rig.external(spec).rego
+
+
+async def test_bundle_is_read_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megabytes of data take seconds, in which admission has to answer."""
+    threads: list[threading.Thread] = []
+
+    def noting(packed: bytes, spec: BundleSpec) -> Fetched:
+        threads.append(threading.current_thread())
+        return read(packed, spec)
+
+    monkeypatch.setattr(module, "read", noting)
+    rig = Rig()
+    async with Server(signed({"p.rego": REGO})).running() as server:
+        rig.external.use([server.spec()])
+        await rig.after(0)
+
+        assert rig.external(server.spec()).rego
+    assert [each is threading.main_thread() for each in threads] == [False]
 
 
 class Small:
