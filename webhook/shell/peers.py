@@ -70,7 +70,7 @@ class Peers:
             try:
                 self._answers[address] = await self._fetch(session, address)
                 self._problems.pop(address, None)
-            except (aiohttp.ClientError, TimeoutError, CertsError, BadReports) as error:
+            except (aiohttp.ClientError, OSError, TimeoutError, CertsError, BadReports) as error:
                 problem = str(error) or type(error).__name__
                 if self._problems.get(address) != problem:
                     log.warning("a replica does not tell its reports", extra={"peer": address, "error": problem})

@@ -120,3 +120,16 @@ async def test_an_endless_answer_is_cut(monkeypatch: pytest.MonkeyPatch) -> None
     async with server.running() as kube, replica(heard()) as port, aiohttp.ClientSession() as session:
         slices(server, "other")
         assert await peers(kube, port).ask(session) == []
+
+
+async def test_replica_that_breaks_off_is_no_end_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every error of a socket comes as one of the library's; one that is not caught would end the process."""
+
+    async def broken(*_: object) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    server = KubeServer()
+    slices(server, "other")
+    monkeypatch.setattr(Peers, "_fetch", broken)
+    async with server.running() as kube, aiohttp.ClientSession() as session:
+        assert await peers(kube, 1).ask(session) == []
