@@ -84,7 +84,7 @@ class Answer:
         if self.mode is Mode.AS_IT_COMES:
             if self._hash is not None:
                 return self._counted(piece)
-            if self._reader.screen is not None and self._is_error:
+            if self._reader.screen is not None and not self._is_whole_answer:
                 return b""  # the status says it all; nobody can say what stands here
             # Some client might look at no type.
             if piece and self._is_whole_answer and (self._reader.screen is not None or self._may_hold_lists()):

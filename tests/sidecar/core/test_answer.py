@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from sidecar.core import answer as module
 from sidecar.core.answer import Answer, Mode
 from sidecar.core.connection import Headers
+from sidecar.core.content import Content
 from sidecar.core.filters import Reader
 from sidecar.core.message import Message, parse_any
 from sidecar.core.ownership import tasks
 from sidecar.errors import Reason, Refusal
 from tests.builders import STREAM, a_call, a_permit, a_request
 from tests.fakes import allowing
+from tests.sidecar.core.contents import KEY, a_rule
 
 JSON: Headers = [(b"content-type", b"application/json")]
 EVENTS: Headers = [(b"content-type", b"text/event-stream")]
@@ -283,3 +285,15 @@ def test_a_list_of_another_type_does_not_pass() -> None:
 
     with pytest.raises(Refusal, match="cannot be read"):
         answer.feed(TWO)
+
+
+@pytest.mark.parametrize("status", [201, 202, 203, 302, 404, 500])
+def test_what_cannot_be_screened_goes_without_its_body(status: int) -> None:
+    """Whatever the status: the server chooses it."""
+    permit = a_permit(a_call())
+    screen = Content([a_rule(patterns=("aws-key",))]).answered(permit.question.message)
+    answer = Answer(Reader(permit=permit, engines=[allowing("a")], tasks=tasks(), screen=screen), lambda _: None)
+
+    assert answer.begin(status, [(b"content-type", b"text/plain")]) is Mode.AS_IT_COMES
+    assert answer.feed(KEY) == b""
+    assert answer.end() == b""
