@@ -125,6 +125,8 @@ class File(Output):
         self._open()
         if self.last_hash == NOTHING and self._rotated:
             self.last_hash = _last_line(self._name(max(self._rotated)))[0]
+        if keep_bytes and self._is_regular and self._size > keep_bytes // FILES:  # what is newest is never deleted
+            self._rotate()
 
     def write(self, line: bytes, *, may_drop: bool) -> int:
         """Keep *line*; return how many lines that nobody had shipped were deleted for it. Raises OSError."""

@@ -95,6 +95,18 @@ def test_lines_that_wait_for_a_receiver_are_never_deleted_unless_they_may_be_dro
     assert writer.file.expired == 0
 
 
+def test_a_file_from_before_there_was_a_bound_makes_room(tmp_path: Path) -> None:
+    """A full trail refuses calls, and a sidecar that is not ready gets none by which it would be rotated."""
+    path = tmp_path / "audit.jsonl"
+    writer = Writer(File(str(path)))
+    writer.write(1000)
+    writer.file.close()
+    again = File(str(path), keep_bytes=KEEP_BYTES)
+
+    assert not again.is_full
+    assert again.last_hash == writer.chain.link.prev
+
+
 def test_what_was_shipped_makes_room(tmp_path: Path) -> None:
     """The receiver has it."""
     path = tmp_path / "audit.jsonl"
