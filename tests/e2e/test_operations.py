@@ -137,6 +137,11 @@ def test_a_second_version_takes_the_namespaces_that_are_labelled_for_it(operated
         _upgrade(operated, "--set", "canaries={next}")
         _wait_for_revision(operated, "tried", "next")
         _wait_for_revision(operated, "demo", "default")
+        cluster.wait_until(
+            "the canary keeps its namespace fenced in",
+            lambda: "sidegate-next" in _fences(operated, "tried"),
+            timeout_s=30,
+        )
     finally:
         cluster.helm("uninstall", "sidegate-next", "--namespace", "sidegate-next", "--wait")
         _upgrade(operated, "--set-json", "canaries=[]")
@@ -144,10 +149,10 @@ def test_a_second_version_takes_the_namespaces_that_are_labelled_for_it(operated
     cluster.kubectl("delete", "namespace", "tried", "sidegate-next", "--wait=false")
 
 
-def _fences(governed: Governed) -> str:
-    """The names of the NetworkPolicies that the control plane keeps in demo."""
+def _fences(governed: Governed, namespace: str = "demo") -> str:
+    """The names of the NetworkPolicies that the control plane keeps in *namespace*."""
     ours = "--selector=app.kubernetes.io/managed-by=sidegate"
-    return governed.cluster.kubectl("--namespace", "demo", "get", "networkpolicies", ours, "--output=name")
+    return governed.cluster.kubectl("--namespace", namespace, "get", "networkpolicies", ours, "--output=name")
 
 
 def _wait_for_revision(governed: Governed, namespace: str, revision: str) -> None:
