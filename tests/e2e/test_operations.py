@@ -22,6 +22,7 @@ pytestmark = pytest.mark.e2e
 CHART = REPOSITORY / "charts" / "sidegate"
 SYSTEM = ("--namespace", RELEASE)
 ADMISSIONS = Path(__file__).parent / "workloads" / "admissions.py"
+TAKE_BACK = ("--force-conflicts",)  # what another module has scaled by kubectl is Helm's again
 STAGING_S = 15
 SETTINGS = ("--set", "replicas=2", "--set", f"webhook.stagingSeconds={STAGING_S}", "--set", "lingerSeconds=5")
 CLUSTER_WIDE = (
@@ -42,7 +43,7 @@ def operated(governed: Governed) -> Governed:
 
 def _upgrade(governed: Governed, *settings: str) -> None:
     governed.cluster.helm(
-        "upgrade", "sidegate", CHART, *SYSTEM, "--reuse-values", "--wait", "--timeout", "3m", *settings
+        "upgrade", "sidegate", CHART, *SYSTEM, "--reuse-values", *TAKE_BACK, "--wait", "--timeout", "3m", *settings
     )
 
 
@@ -197,7 +198,7 @@ def test_a_job_completes(operated: Governed) -> None:
 def test_a_rollback_goes_on_admitting(operated: Governed) -> None:
     """The release before is trusted at once: the CA and the signing key outlive both."""
     _upgrade(operated, "--set", "logLevel=debug")
-    operated.cluster.helm("rollback", "sidegate", *SYSTEM, "--wait", "--timeout", "3m")
+    operated.cluster.helm("rollback", "sidegate", *SYSTEM, *TAKE_BACK, "--wait", "--timeout", "3m")
 
     outcome = _admit(operated, 5)
     assert outcome["failures"] == []
