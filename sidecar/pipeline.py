@@ -204,13 +204,18 @@ def _screen(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory) -
     made = read(sent.connection, snapshot)
     for exchange, message in zip(exchanges, made if isinstance(made, tuple) else (made,), strict=True):
         exchange.connection, exchange.permit = sent.connection, None
-        try:
-            if isinstance(message, Refusal):
-                raise message
-            exchange.message = message
-            _authorise(exchange, snapshot, memory)
-        except Refusal as refusal:
-            exchange.refusal = refusal
+        _take(exchange, message, snapshot, memory)
+
+
+def _take(exchange: Exchange, found: Message | Refusal, snapshot: Snapshot, memory: Memory) -> None:
+    """Authorise what was read for *exchange*; sets its message, and its refusal where there is one."""
+    try:
+        if isinstance(found, Refusal):
+            raise found
+        exchange.message = found
+        _authorise(exchange, snapshot, memory)
+    except Refusal as refusal:
+        exchange.refusal = refusal
 
 
 def _judge_batch(
@@ -224,13 +229,7 @@ def _judge_batch(
     first = exchanges[0]
     for exchange, each in zip(exchanges, found, strict=True):
         exchange.principal, exchange.removed = first.principal, first.removed
-        try:
-            if isinstance(each, Refusal):
-                raise each
-            exchange.message = each
-            _authorise(exchange, snapshot, memory)
-        except Refusal as refusal:
-            exchange.refusal = refusal
+        _take(exchange, each, snapshot, memory)
     if snapshot.profile.content and all(exchange.refusal is None for exchange in exchanges):
         _screen(exchanges, snapshot, memory)
     if all(exchange.refusal is None for exchange in exchanges):
