@@ -1,12 +1,11 @@
 """Requirements on the removal of what refuses pods before an uninstall, against an API server on loopback."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import yaml
 from aiohttp import web
 
+from tests.webhook.kube_server import connection_to
 from webhook.shell import removal
 from webhook.shell.kube import Kube
 
@@ -38,7 +37,7 @@ def api() -> Api:
 
 
 @pytest.fixture
-async def kube(api: Api, tmp_path: Path) -> AsyncIterator[Kube]:
+async def kube(api: Api) -> AsyncIterator[Kube]:
     """A connection to it."""
     application = web.Application()
     application.router.add_delete(removal.PATH + "/{kind}/{name}", api.delete)
@@ -46,15 +45,7 @@ async def kube(api: Api, tmp_path: Path) -> AsyncIterator[Kube]:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    host, port = runner.addresses[0][:2]
-    config = {
-        "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": f"http://{host}:{port}"}}],
-        "users": [{"name": "u", "user": {"token": "t"}}],
-    }
-    (tmp_path / "config").write_text(yaml.safe_dump(config))
-    connection = await Kube.open(str(tmp_path / "config"))
+    connection = connection_to(runner.addresses[0][1])
     yield connection
     await connection.aclose()
     await runner.cleanup()

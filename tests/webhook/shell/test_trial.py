@@ -1,13 +1,12 @@
 """Requirements on the trials of an installed webhook, against an API server on loopback that admits as it is told."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from aiohttp import web
 
+from tests.webhook.kube_server import connection_to
 from webhook.config import Settings, template
 from webhook.core.injection import Deny, Inject, NamespacePolicy, decide
 from webhook.shell import trial
@@ -49,7 +48,7 @@ def api() -> Api:
 
 
 @pytest.fixture
-async def kube(api: Api, tmp_path: Path) -> AsyncIterator[Kube]:
+async def kube(api: Api) -> AsyncIterator[Kube]:
     """A connection to it."""
     application = web.Application()
     application.router.add_post("/api/v1/namespaces/trial/pods", api.create)
@@ -57,15 +56,7 @@ async def kube(api: Api, tmp_path: Path) -> AsyncIterator[Kube]:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    host, port = runner.addresses[0][:2]
-    config = {
-        "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": f"http://{host}:{port}"}}],
-        "users": [{"name": "u", "user": {"token": "t"}}],
-    }
-    (tmp_path / "config").write_text(yaml.safe_dump(config))
-    connection = await Kube.open(str(tmp_path / "config"))
+    connection = connection_to(runner.addresses[0][1])
     yield connection
     await connection.aclose()
     await runner.cleanup()
