@@ -102,6 +102,10 @@ def test_older_kubernetes_is_refused() -> None:
         ("logLevel=trace", "/logLevel"),
         ("canary=perhaps", "/canary"),
         ("canaries={next one}", "/canaries/0"),
+        ("telemetry.otel.PATH=/bin", "/telemetry/otel"),
+        ("monitoring.rules.enabled=yes please", "/monitoring/rules/enabled"),
+        ("monitoring.dashboard.enabled=true", "'dashboard' not allowed"),
+        ("sidecar.requestLog=some", "/sidecar/requestLog"),
         ("unheardOf=1", "'unheardOf' not allowed"),
     ],
 )
