@@ -97,3 +97,25 @@ sidegate.dev/injection in (enabled,enforced)
 {{- define "sidegate.json" -}}
 {{- if not (kindIs "invalid" .) }}{{ toJson . }}{{ end }}
 {{- end }}
+
+{{/* What all our pods have in common. A Service called sidegate would put variables of its own among our settings. */}}
+{{- define "sidegate.pod" -}}
+automountServiceAccountToken: true
+enableServiceLinks: false
+securityContext:
+  {{- include "sidegate.podSecurity" . | nindent 2 }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
