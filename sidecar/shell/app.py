@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_STEP_S = 5.0  # for each thing that is closed at the end, drain apart
-
 
 class App:
     """One sidecar. *bundle* is given outside a pod; inside, it is pulled from the control plane.
