@@ -41,16 +41,11 @@ class Splitter:
 
     def __init__(self) -> None:
         self._pending = bytearray()
-        self._begun = False
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Return the events that *chunk* completes, in order; raises BadStream."""
         seen = max(0, len(self._pending) - 2)  # an end that began in the chunk before has at most 2 bytes there
         self._pending += chunk
-        if not self._begun and self._pending:
-            if self._pending.startswith(b"\xef"):
-                raise BadStream("byte order mark")
-            self._begun = True
         events: list[Event] = []
         start = 0
         for end in _END.finditer(self._pending, seen):
@@ -78,6 +73,8 @@ def _event(raw: bytes) -> Event:
     kind = b"message"
     for line in unified.split(b"\n"):
         name, _, value = line.partition(b":")
+        if name.startswith(b"\xef"):  # in any line: what stands before it may be filtered away
+            raise BadStream("byte order mark")
         value = value.removeprefix(b" ")
         if name == b"data":
             data.append(value)

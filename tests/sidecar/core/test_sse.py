@@ -114,6 +114,8 @@ def test_a_message_of_our_own_reads_as_one() -> None:
     [
         ((b"\xef\xbb\xbfdata: 1\n\n",), "byte order mark"),
         ((b"\xef", b"\xbb\xbfdata: 1\n\n"), "byte order mark"),
+        ((b"\n\xef\xbb\xbfdata: 1\ndata: 2\n\n",), "byte order mark"),
+        ((b"data: 1\n\xef\xbb\xbfdata: 2\n\n",), "byte order mark"),
         ((b"data: 1\rdata: 2\n\n",), "carriage return"),
         ((b"data: 1\r\r\n\r\n",), "carriage return"),
         ((b"data: 1\n\rdata: 2\n\n",), "carriage return"),
