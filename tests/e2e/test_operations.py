@@ -8,7 +8,7 @@ import datetime as dt
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
@@ -16,6 +16,9 @@ from cryptography import x509
 from certs.authority import Authority, make_key
 from tests.cluster.cluster import CommandError
 from tests.e2e.governed import RELEASE, REPOSITORY, Governed, container, workload_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
 
@@ -33,12 +36,11 @@ RATE = 20  # pods a second
 
 
 @pytest.fixture(scope="module")
-def operated(governed: Governed) -> Governed:
+def operated(governed: Governed) -> Iterator[Governed]:
     """The installation with two replicas, reached by an upgrade that reuses the values it was installed with."""
-    _upgrade(
-        governed, "--set", "replicas=2", "--set", f"webhook.stagingSeconds={STAGING_S}", "--set", "lingerSeconds=5"
-    )
-    return governed
+    _upgrade(governed, *SETTINGS)
+    yield governed
+    _upgrade(governed, "--set", "replicas=1")
 
 
 def _upgrade(governed: Governed, *settings: str) -> None:

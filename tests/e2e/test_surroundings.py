@@ -36,6 +36,29 @@ def strangers(governed: Governed) -> str:
     return str(governed.pod("stranger", "strangers")["status"]["podIP"])
 
 
+@pytest.fixture(scope="module")
+def restricted(governed: Governed) -> str:
+    """A namespace at Pod Security's strictest level with a server in mode remap; gives its name."""
+    cluster, namespace = governed.cluster, "restricted"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted", "sidegate.dev/injection": "enabled"}
+    cluster.make_namespace(namespace, **labels)
+    caller = f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default"
+    identity = {"callers": [caller], "providers": [{"name": "corp"}]}
+    cluster.apply(
+        resource("MCPServerProfile", "tight", {"selector": {}, "identity": identity, "capture": "remap"}, namespace),
+        resource("MCPPolicy", "article", {"selector": {}, "rego": ARTICLE}, namespace),
+    )
+    cluster.wait_until("it is fenced in", lambda: _fenced(cluster, namespace, "sidegate", "sidegate-remap.tight"))
+    command = ("python3", "/opt/app/three_tools.py", "8000")
+    ports = [{"name": "mcp", "containerPort": 8000}]
+    server = container("tight", workload_image(), *command, ports=ports, securityContext=RESTRICTED)
+    reached = service(namespace, "tight", 8000)
+    reached["spec"]["ports"][0]["targetPort"] = "mcp"
+    cluster.apply(deployment(namespace, "tight", server), reached)
+    _up(cluster, namespace, "tight")
+    return namespace
+
+
 def _up(cluster: Cluster, namespace: str, name: str) -> None:
     cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=180s")
 
@@ -89,26 +112,9 @@ def test_policies_that_somebody_deletes_or_opens_are_put_right(governed: Governe
     governed.cluster.wait_until("it is back", lambda: bool(governed.cluster.get(*demo, policy)["spec"] == before))
 
 
-def test_a_restricted_namespace_takes_remap(governed: Governed) -> None:
+def test_a_restricted_namespace_takes_remap(governed: Governed, restricted: str) -> None:
     """Pod Security's strictest level admits the pod; the Service leads to the sidecar, and the old port to nothing."""
-    cluster, namespace = governed.cluster, "restricted"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted", "sidegate.dev/injection": "enabled"}
-    cluster.make_namespace(namespace, **labels)
-    caller = f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default"
-    identity = {"callers": [caller], "providers": [{"name": "corp"}]}
-    cluster.apply(
-        resource("MCPServerProfile", "tight", {"selector": {}, "identity": identity, "capture": "remap"}, namespace),
-        resource("MCPPolicy", "article", {"selector": {}, "rego": ARTICLE}, namespace),
-    )
-    cluster.wait_until("it is fenced in", lambda: _fenced(cluster, namespace, "sidegate", "sidegate-remap.tight"))
-    command = ("python3", "/opt/app/three_tools.py", "8000")
-    ports = [{"name": "mcp", "containerPort": 8000}]
-    server = container("tight", workload_image(), *command, ports=ports, securityContext=RESTRICTED)
-    reached = service(namespace, "tight", 8000)
-    reached["spec"]["ports"][0]["targetPort"] = "mcp"
-    cluster.apply(deployment(namespace, "tight", server), reached)
-    _up(cluster, namespace, "tight")
-    pod = governed.pod("tight", namespace)
+    pod = governed.pod("tight", restricted)
     address = pod["status"]["podIP"]
 
     assert pod["metadata"]["labels"]["sidegate.dev/capture"] == "remap"
@@ -118,10 +124,10 @@ def test_a_restricted_namespace_takes_remap(governed: Governed) -> None:
         ("list_tables", {}),
         ("execute_query", {"sql": "SELECT 1"}),
         user="alice",
-        expected=f"spiffe://{governed.spire.trust_domain}/ns/{namespace}/sa/default",
+        expected=f"spiffe://{governed.spire.trust_domain}/ns/{restricted}/sa/default",
     )
     assert [result["ok"] for result in outcome["results"]] == [True, False], outcome
-    assert governed.knock(namespace, "tight", "127.0.0.1", 8000)[:3] in {"200", "400", "405", "406"}
+    assert governed.knock(restricted, "tight", "127.0.0.1", 8000)[:3] in {"200", "400", "405", "406"}
     assert governed.knock("agents", "agent", address, 8000) in CLOSED
     assert governed.knock("agents", "agent", address, 15443).startswith("401")
 
@@ -143,16 +149,22 @@ def test_a_restricted_namespace_says_no_to_redirect(governed: Governed) -> None:
         cluster.kubectl("create", "--dry-run=server", "--filename=-", input=json.dumps(pod))
 
 
-def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed) -> None:
-    """It dials the pod in mode remap itself: health answers, the application does not."""
-    address = governed.cluster.get(
-        "--namespace", "sidegate-system", "pods", "--selector=app.kubernetes.io/name=sidegate"
-    )["items"][0]["status"]["podIP"]
-    script = f"import urllib.request; print(urllib.request.urlopen('http://{address}:9090/metrics', timeout=5).read().decode())"
+def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed, restricted: str) -> None:
+    """The replica that leads dials the pod in mode remap itself: health answers, the application does not."""
+    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
     command = ("--namespace", "agents", "exec", "deployment/agent", "--", "python3", "-c", script)
+    assert governed.pod("tight", restricted)
 
-    def proven() -> bool:
-        lines = governed.cluster.kubectl(*command).splitlines()
-        return 'sidegate_remapped_pods{state="closed"} 1.0' in lines
+    def found() -> dict[str, float]:
+        selector = "--selector=app.kubernetes.io/name=sidegate"
+        replicas = governed.cluster.get("--namespace", "sidegate-system", "pods", selector)["items"]
+        sums = {"closed": 0.0, "exposed": 0.0}
+        for address in (each["status"].get("podIP") for each in replicas):
+            for line in governed.cluster.kubectl(*command, f"http://{address}:9090/metrics").splitlines():
+                for state in sums:
+                    if line.startswith(f'sidegate_remapped_pods{{state="{state}"}} '):
+                        sums[state] += float(line.rpartition(" ")[2])
+        return sums
 
-    governed.cluster.wait_until("the pod is found closed", proven, timeout_s=60)
+    governed.cluster.wait_until("the pod is found closed", lambda: found()["closed"] > 0, timeout_s=60)
+    assert found()["exposed"] == 0
