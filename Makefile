@@ -82,8 +82,8 @@ e2e: $(READY)
 	$(BIN)/python -m tests.parts opa helm kubectl kubernetes etcd containerd cni-plugins spire spire-controller-manager \
 	  spiffe-csi-driver otelcol prometheus node-tools buildah busybox-root python-root node-root gcc-root java keycloak \
 	  kubernetes-mcp-server oidc-provider mcp-typescript-1.32 mcp-typescript-2.4 >/dev/null
-	echo "e2e: pytest"
-	$(BIN)/python -m pytest --quiet -m "e2e or real_spire or real_provider or real_apiserver" tests
+	echo "e2e: pytest, always in the same order, as the modules share one cluster"
+	$(BIN)/python -m pytest --quiet -p no:randomly -m "e2e or real_spire or real_provider or real_apiserver" tests
 
 policy-conformance: $(READY)
 	echo "policy-conformance: parts"
