@@ -97,14 +97,14 @@ def judge(
     *,
     now_s: float,
     clock_s: float,
-    begin: Callable[[Connection], Exchange] | None = None,
+    divide: Callable[[int], Sequence[Exchange]] | None = None,
 ) -> Admission | Reservation | Batch:
     """Return the admission of the exchange's message; raises Refusal. *exchange* is filled in on the way.
 
     A Reservation, alone or in a batch, becomes an admission by `settle`.
 
-    *now_s* is Unix time (tokens, certificates, policies), *clock_s* the monotonic clock (limits). *begin* makes the
-    exchanges of a batch's other messages; without it batches are refused.
+    *now_s* is Unix time (tokens, certificates, policies), *clock_s* the monotonic clock (limits). *divide* makes
+    *exchange* the first of so many, one for each message of a batch; without it batches are refused.
     """
     connection = exchange.connection
     check_endpoint(connection, snapshot)
@@ -124,10 +124,10 @@ def judge(
                 raise exchange.refusal
             permit = exchange.permit or permit
         return _admit(exchange, permit, snapshot, memory, clock_s)
-    if begin is None:
+    if divide is None:
         raise malformed("a batch is not accepted here: send one message per request")
     _session(exchange, memory)  # HTTP says that a session is over, once for all messages
-    return _judge_batch([exchange, *(begin(connection) for _ in found[1:])], found, snapshot, memory, clock_s)
+    return _judge_batch(divide(len(found)), found, snapshot, memory, clock_s)
 
 
 def _authorise(exchange: Exchange, snapshot: Snapshot, memory: Memory) -> Permit:
@@ -253,8 +253,8 @@ def _admit_all(exchanges: Sequence[Exchange], snapshot: Snapshot, memory: Memory
         except Refusal as refusal:
             exchange.refusal = refusal
             for before in exchanges[:number]:
-                withdraw(before)
                 undo(before, memory)
+                release(before, memory)
             return
 
 
@@ -289,11 +289,13 @@ def withdraw(exchange: Exchange) -> None:
 
 
 def undo(exchange: Exchange, memory: Memory) -> None:
-    """Forget that *exchange* was admitted: it is not sent."""
+    """Give back what *exchange* was charged here, and let what it answers wait on: it is not sent."""
     message = exchange.message
+    if exchange.admission is None and exchange.reservation is None:
+        return
+    withdraw(exchange)
     if message is not None and message.shape is Shape.RESPONSE and message.id is not None:
         memory.asked.add(scope(exchange), message.id)
-    release(exchange, memory)
 
 
 def check_endpoint(connection: Connection, snapshot: Snapshot) -> None:

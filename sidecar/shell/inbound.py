@@ -464,9 +464,11 @@ class Turn:
         """Know the call that carries the admitted message."""
         self._call = call
 
-    def divide(self, exchanges: Sequence[Exchange]) -> None:
-        """Know that the body holds several messages, each with its exchange."""
-        self.exchanges = exchanges
+    def divide(self, count: int) -> Sequence[Exchange]:
+        """Return an exchange for each of so many messages of the body; all of them are answered for from now on."""
+        connection = self._request.connection
+        self.exchanges = (self._exchange, *(self._serving.begin(connection) for _ in range(count - 1)))
+        return self.exchanges
 
     def refuse(self, refusal: Refusal | None) -> None:
         """Answer with *refusal*; None: each exchange has its own."""

@@ -37,7 +37,6 @@ from sidecar.pipeline import (
     remember,
     settle,
     undo,
-    withdraw,
 )
 from sidecar.return_path import judge_ask, note, open_endpoint
 from sidecar.shell import tracing
@@ -56,13 +55,14 @@ class Requester(Sink, Protocol):
     """Who asked: learns of the call, or of the refusal."""
 
     is_over: bool  # nobody waits for the answer any more
+    exchanges: Sequence[Exchange]  # of all messages of the body
 
     def forward(self, call: Call) -> None:
         """Know the call that carries the message."""
         ...
 
-    def divide(self, exchanges: Sequence[Exchange]) -> None:
-        """Know that the body holds several messages, each with its exchange."""
+    def divide(self, count: int) -> Sequence[Exchange]:
+        """Return an exchange for each of so many messages of the body; all of them are answered for from now on."""
         ...
 
     def refuse(self, refusal: Refusal | None) -> None:
@@ -198,7 +198,8 @@ class Serving:
         except Exception:
             # The last resort: a defect in judging must refuse, never pass and never hang.
             log.exception("judging failed")
-            self._refuse(exchange, requester, _fault())
+            exchange.judged_s = time.monotonic() - exchange.clock_s
+            self._not_sent(requester.exchanges, requester, _fault())
 
     async def _resolve_and_admit(self, exchange: Exchange, requester: Requester, missing: Unresolved) -> None:
         try:
@@ -228,12 +229,13 @@ class Serving:
         if own is not None:
             requester.respond(own)
             return
-        found = judge(exchange, snapshot, self.memory, now_s=time.time(), clock_s=time.monotonic(), begin=self.begin)
+        found = judge(
+            exchange, snapshot, self.memory, now_s=time.time(), clock_s=time.monotonic(), divide=requester.divide
+        )
         exchange.judged_s = time.monotonic() - exchange.clock_s
         if isinstance(found, Batch):
             for each in found.exchanges:
                 each.judged_s = exchange.judged_s
-            requester.divide(found.exchanges)
             admission = found.admission
             if admission is None:
                 requester.refuse(None)
@@ -260,10 +262,6 @@ class Serving:
             # The last resort, as in `_admit`.
             log.exception("asking the limits store failed")
             self._not_sent(exchanges, requester, _fault())
-        if requester.is_over and all(each.sent_s is None for each in exchanges):  # the client went while we waited
-            for each in exchanges:
-                withdraw(each)
-            store.give_back(shared, namespace)
 
     def _settle_and_send(
         self,
@@ -279,7 +277,9 @@ class Serving:
             return
         for each in exchanges:
             each.judged_s = time.monotonic() - each.clock_s
-        if not requester.is_over:
+        if requester.is_over:  # the client may have gone while we waited
+            self._take_back(exchanges)
+        else:
             self._prepare_and_send(admission, exchanges, requester, snapshot)
 
     def _prepare_and_send(
@@ -311,7 +311,9 @@ class Serving:
         try:
             assert self._credentials is not None  # noqa: S101 - it asked for this
             first.credentials = await self._credentials.fetch(first, identity)
-            if not requester.is_over:  # the client may have gone while we waited
+            if requester.is_over:  # the client may have gone while we waited
+                self._take_back(exchanges)
+            else:
                 self._send(admission, exchanges, requester)
         except Refusal as refusal:
             self._not_sent(exchanges, requester, refusal)
@@ -322,13 +324,20 @@ class Serving:
 
     def _not_sent(self, exchanges: Sequence[Exchange], requester: Requester, refusal: Refusal) -> None:
         """Refuse what had been admitted: nothing of it reaches the server."""
+        self._take_back(exchanges)
         if requester.is_over:
             return
         for each in exchanges:
-            undo(each, self.memory)
-            self._end(each)
-            each.refusal, each.admission, each.reservation = refusal, None, None
+            release(each, self.memory)
+            each.refusal, each.admission, each.reservation, each.sent_s = refusal, None, None, None
         requester.refuse(refusal if len(exchanges) == 1 else None)
+
+    def _take_back(self, exchanges: Sequence[Exchange]) -> None:
+        """Give back what *exchanges* were charged, here and in the store: nothing of them reaches the server."""
+        for each in exchanges:
+            undo(each, self.memory)
+            if self._store is not None and each.admission is not None:
+                self._store.give_back(each.admission.charges, each.admission.permit.question.server.namespace)
 
     def _send(self, admission: Admission, exchanges: Sequence[Exchange], requester: Requester) -> None:
         exchange, now_s = exchanges[0], time.monotonic()

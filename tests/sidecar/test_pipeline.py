@@ -582,13 +582,14 @@ def batched(
     """Judge a batch of *bodies*."""
     body = b"[" + b",".join(bodies) + b"]"
     connection = a_connection(body) if session is None else with_session(body, session)
+    exchange = an_exchange(connection)
     found = judge(
-        an_exchange(connection),
+        exchange,
         snapshot or a_snapshot(allowing()),
         memory or Memory(),
         now_s=NOW_S,
         clock_s=0.0,
-        begin=an_exchange,
+        divide=lambda count: [exchange, *(an_exchange(connection) for _ in range(count - 1))],
     )
     assert isinstance(found, Batch)
     return found
@@ -813,7 +814,7 @@ def test_batch_has_a_trace_for_each_message() -> None:
         Memory(),
         now_s=NOW_S,
         clock_s=0.0,
-        begin=lambda each: replace(an_exchange(each), trace_id="c" * 32, parent_id="d" * 16),
+        divide=lambda _: [exchange, replace(an_exchange(exchange.connection), trace_id="c" * 32, parent_id="d" * 16)],
     )
 
     assert isinstance(found, Batch)

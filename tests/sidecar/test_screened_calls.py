@@ -44,7 +44,14 @@ def judged(connection: Connection, snapshot: Snapshot) -> tuple[Exchange, Admiss
     exchange = an_exchange(connection)
     exchange.profile = snapshot.profile
     try:
-        found = judge(exchange, snapshot, Memory(), now_s=NOW_S, clock_s=0.0, begin=lambda _: an_exchange(connection))
+        found = judge(
+            exchange,
+            snapshot,
+            Memory(),
+            now_s=NOW_S,
+            clock_s=0.0,
+            divide=lambda count: [exchange, *(an_exchange(connection) for _ in range(count - 1))],
+        )
     except Refusal as refusal:
         exchange.refusal = refusal
         return exchange, refusal

@@ -2,17 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from sidecar.core import limits
+from sidecar.core.connection import Connection
 from sidecar.core.identity import UnknownKey, UnknownToken, Unresolved, learn
-from sidecar.core.profile import Client, Identity, Provider
+from sidecar.core.limits import Charge, Judgement
+from sidecar.core.profile import Client, Identity, Limit, Provider
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
-from sidecar.pipeline import Snapshot
+from sidecar.pipeline import Snapshot, scope
 from sidecar.shell.audit import Audit
 from sidecar.shell.serving import DEFAULT_MAX_BODY_BYTES, NOT_READY_RETRY_S, Serving
 from sidecar.shell.trail import File
@@ -41,11 +45,25 @@ class FakeUpstream:
 class FakeRequester:
     """Keeps what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, serving: Serving, exchange: Exchange) -> None:
+        self.serving = serving
+        self.exchanges: Sequence[Exchange] = (exchange,)
         self.is_over = False
         self.calls: list[object] = []
         self.refusals: list[Refusal] = []
         self.responses: list[Any] = []
+
+    def divide(self, count: int) -> Sequence[Exchange]:
+        """Begin an exchange for each further message."""
+        (first,) = self.exchanges
+        self.exchanges = (first, *(self.serving.begin(first.connection) for _ in range(count - 1)))
+        return self.exchanges
+
+    def leave(self) -> None:
+        """Be gone, as a client that closes its connection."""
+        self.is_over = True
+        for exchange in self.exchanges:
+            self.serving.observe(exchange)
 
     def respond(self, response: Any) -> None:
         """Keep *response*."""
@@ -56,14 +74,17 @@ class FakeRequester:
         self.calls.append(call)
 
     def refuse(self, refusal: Refusal) -> None:
-        """Keep *refusal*."""
+        """Keep *refusal*; whoever asked has an answer."""
         self.refusals.append(refusal)
+        self.leave()
 
 
 class Bench:
     """A Serving with fakes around it; coroutines are kept until the test runs them."""
 
-    def __init__(self, snapshot: Snapshot | None, *, why: str | None = None, credentials: Any = None) -> None:
+    def __init__(
+        self, snapshot: Snapshot | None, *, why: str | None = None, credentials: Any = None, store: Any = None
+    ) -> None:
         self.upstream, self.observer = FakeUpstream(), FakeObserver()
         self.spawned: list[Coroutine[Any, Any, None]] = []
         self.missing: list[Unresolved] = []
@@ -75,6 +96,7 @@ class Bench:
             resolve=self.find,
             why_not_ready=lambda: self.why,
             credentials=credentials,
+            store=store,
         )
         self.answer: Refusal | None = None  # what a question to the provider ends in
         self.serving.snapshot = snapshot
@@ -86,7 +108,12 @@ class Bench:
 
     def ask(self, *headers: tuple[bytes, bytes]) -> tuple[Exchange, FakeRequester]:
         """Begin and admit one call."""
-        exchange, requester = self.serving.begin(a_connection(a_call(), headers=headers)), FakeRequester()
+        return self.send(a_connection(a_call(), headers=headers))
+
+    def send(self, connection: Connection) -> tuple[Exchange, FakeRequester]:
+        """Begin and admit what *connection* carries."""
+        exchange = self.serving.begin(connection)
+        requester = FakeRequester(self.serving, exchange)
         self.serving.admit(exchange, requester)  # type: ignore[arg-type]
         return exchange, requester
 
@@ -291,9 +318,8 @@ def test_who_has_gone_while_credentials_came_is_not_served() -> None:
 def test_the_metadata_needs_no_identity() -> None:
     """It says how to get one."""
     bench = Bench(a_snapshot(allowing(), identity=OPAQUE))
-    requester = FakeRequester()
     connection = a_connection(method="GET", path="/.well-known/oauth-protected-resource")
-    bench.serving.admit(bench.serving.begin(connection), requester)  # type: ignore[arg-type]
+    _, requester = bench.send(connection)
 
     assert [each.status for each in requester.responses] == [200]
     assert (requester.refusals, bench.upstream.sent) == ([], [])
@@ -339,6 +365,7 @@ def test_what_cannot_be_recorded_is_not_sent(tmp_path: Path) -> None:
     assert [each.reason for each in requester.refusals] == [Reason.NOT_READY]
     assert bench.upstream.sent == []
     assert not exchange.was_sent
+    assert exchange.sent_s is None
 
     file = File(str(tmp_path / "audit.jsonl"))
     bench.serving.announce = Audit(file).begin
@@ -348,3 +375,120 @@ def test_what_cannot_be_recorded_is_not_sent(tmp_path: Path) -> None:
     assert (tmp_path / "audit.jsonl").read_bytes().count(b'"phase":"begin"') == 1
     audit.close()
     file.close()
+
+
+# what was admitted and is not sent
+
+
+class FakeStore:
+    """Grants everything, and keeps what is given back."""
+
+    is_up = True
+
+    def __init__(self) -> None:
+        self.returned: list[Charge] = []
+
+    async def ask(self, charges: Sequence[Charge], _namespace: str) -> tuple[Judgement, ...]:
+        """Take what is asked for."""
+        return tuple(Judgement(wait_s=0.0, remaining=0.0, marks=(1,)) for _ in charges)
+
+    def give_back(self, charges: Sequence[Charge], namespace: str) -> None:
+        """Keep what was taken of *charges*."""
+        assert namespace == "pay"
+        self.returned += [each for each in charges if each.marks]
+
+    def end(self, charges: Sequence[Charge]) -> None:
+        """Hear of the end."""
+
+
+HERE = Limit(name="here", rate_per_s=1e-6, burst=1, concurrent=1, per=())
+SHARED = Limit(name="shared", rate_per_s=1e-6, burst=1, per=(), scope="global")
+ANSWER = b'{"jsonrpc":"2.0","id":7,"result":{}}'
+
+
+def is_free(bench: Bench) -> bool:
+    """Say whether a call could be had under the limit of one."""
+    account = bench.serving.memory.ledger.rules["here"].account((), 0.0)
+    return account.bucket.tokens == 1 and account.under_way == 0
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["here", "and in the store"])
+@pytest.mark.parametrize("goes", [False, True], ids=["refused", "the client goes"])
+def test_what_is_not_sent_after_all_costs_nothing(*, is_shared: bool, goes: bool) -> None:
+    """No credentials, or nobody there when they come: units and places go back, once."""
+    store = FakeStore() if is_shared else None
+    both = [HERE] if store is None else [HERE, SHARED]
+    failing = FakeCredentials(None, HEADERS if goes else Refusal(Reason.PROVIDER, "no"))
+    bench = Bench(a_snapshot(allowing(), limits=both), credentials=failing, store=store)
+    _, requester = bench.ask()
+    if store is not None:
+        asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+    assert not is_free(bench)
+    if goes:
+        requester.leave()
+    asyncio.run(bench.spawned.pop())  # type: ignore[arg-type]
+
+    assert bench.upstream.sent == []
+    assert is_free(bench)
+    assert store is None or [each.name for each in store.returned] == ["shared"]
+    assert bench.serving.in_flight == 0
+
+
+def test_a_way_that_is_barred_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect in sending is refused, and recorded as not sent."""
+    bench = Bench(a_snapshot(allowing(), limits=[HERE]))
+    monkeypatch.setattr(bench.upstream, "send", lambda *_, **__: 1 / 0)
+    exchange, requester = bench.ask()
+
+    assert [each.reason for each in requester.refusals] == [Reason.FAULT]
+    assert is_free(bench)
+    assert not exchange.was_sent
+
+
+@pytest.mark.parametrize("goes", [False, True], ids=["refused", "the client goes"])
+def test_an_answer_that_was_not_sent_can_be_given_again(*, goes: bool) -> None:
+    """The server's question still waits, and once."""
+    failing = FakeCredentials(None, HEADERS if goes else Refusal(Reason.PROVIDER, "no"))
+    bench = Bench(a_snapshot(allowing()), credentials=failing)
+    asked, whose = bench.serving.memory.asked, scope(bench.ask()[0])
+    asked.add(whose, 7)
+    _, requester = bench.send(a_connection(ANSWER))
+    assert not asked.has(whose, 7)
+    if goes:
+        requester.leave()
+    for each in bench.spawned:
+        asyncio.run(each)  # type: ignore[arg-type]
+
+    assert asked.waiting == {(whose, 7): 1}
+
+
+def test_a_request_that_was_not_sent_hides_no_other() -> None:
+    """Its id can be another's, which goes on and may still be cancelled."""
+    credentials = FakeCredentials(None, HEADERS)
+    bench = Bench(a_snapshot(allowing()), credentials=credentials)
+    first, _ = bench.ask()
+    _, leaving = bench.ask()
+    leaving.leave()
+    for each in bench.spawned:
+        asyncio.run(each)  # type: ignore[arg-type]
+
+    assert bench.upstream.sent == [first]
+    assert bench.serving.memory.calls.waiting == {(scope(first), 7): 1}
+
+
+def test_a_defect_in_a_batch_refuses_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of its messages stays under way: they would fill a limit of calls at a time for ever."""
+    admitted: list[Any] = []
+
+    def admit(*arguments: Any) -> Any:
+        admitted.append(limits.admit(*arguments) if len(admitted) < 2 else 1 / 0)
+        return admitted[-1]
+
+    monkeypatch.setattr("sidecar.pipeline.admit", admit)
+    bench = Bench(a_snapshot(allowing(), limits=[msgspec.structs.replace(HERE, burst=3, concurrent=3)]))
+    body = b"[" + b",".join(a_call(request_id=number) for number in range(3)) + b"]"
+    _, requester = bench.send(a_connection(body, headers=[(b"mcp-protocol-version", b"2025-03-26")]))
+    account = bench.serving.memory.ledger.rules["here"].account((), 0.0)
+
+    assert (len(admitted), account.under_way, account.bucket.tokens, bench.serving.in_flight) == (2, 0, 3, 0)
+    assert [each.refusal.reason for each in requester.exchanges if each.refusal] == [Reason.FAULT] * 3
