@@ -19,7 +19,8 @@ LEASE_S: Final = 30.0  # for which a call counts as under way when its replica d
 RENEW_S: Final = LEASE_S / 3
 FOREVER_S: Final = 2**40  # within what the store takes for a key's life, and longer than any
 
-# Arguments of each message: how many entries, then six for each: kind, capacity, rate or slot, cost, lease, shadow.
+# Arguments of each message: how many entries, then six for each: kind, capacity, rate or slot, cost, lease, and 0 or,
+# in shadow mode, a number that all entries of one limit share: where one has no room, none of them takes anything.
 # Kinds: b, a bucket; w, a window; c, calls under way. Answers three numbers an entry: wait in ms, what is left, slot.
 CLAIM: Final = (
     (
@@ -87,22 +88,23 @@ end
 
 local judge = {b = bucket, w = window, c = under_way}
 while a <= #ARGV do
-  local entries, before, fits = {}, {}, true
+  local entries, before, over = {}, {}, {}
   local count = tonumber(ARGV[a])
   a = a + 1
   for i = 1, count do
     k = k + 1
     local e = {key = KEYS[k], wait = 0, left = 0, mark = 0, capacity = tonumber(ARGV[a + 1]),
-      rate = tonumber(ARGV[a + 2]), cost = tonumber(ARGV[a + 3]), lease = ARGV[a + 4], shadow = ARGV[a + 5] == '1'}
+      rate = tonumber(ARGV[a + 2]), cost = tonumber(ARGV[a + 3]), lease = ARGV[a + 4], shadow = ARGV[a + 5]}
     e.before = before[e.key] or 0  -- of other messages of the same body
     before[e.key] = e.before + e.cost
     judge[ARGV[a]](e)
     a = a + 6
-    if e.wait > 0 and not e.shadow then fits = false end
+    if e.wait > 0 then over[e.shadow] = true end
     entries[i] = e
   end
+  local fits = not over['0']
   for _, e in ipairs(entries) do
-    if fits and e.wait == 0 then e.take() end
+    if fits and not over[e.shadow] then e.take() end
     answers[#answers + 1] = e.wait
     answers[#answers + 1] = math.floor(e.left)
     answers[#answers + 1] = fits and e.mark or 0
@@ -161,9 +163,9 @@ def claim(charges: Sequence[Charge], namespace: str, leases: Iterator[str]) -> C
     """Return the claim for *charges*; those that count calls under way get the next of *leases*."""
     keys: list[str] = []
     arguments: list[str] = []
-    for charge in charges:
+    for number, charge in enumerate(charges, 1):
         limit = charge.rule.limit
-        shadow = "1" if limit.mode == "shadow" else "0"
+        shadow = str(number) if limit.mode == "shadow" else "0"
         cost = str(charge.cost)
         for kind, key in _entries(charge, namespace):
             keys.append(key)

@@ -134,6 +134,21 @@ async def test_what_is_given_back_can_be_had_again(redis: RedisServer) -> None:
         assert await grants(store, limit) == 1
 
 
+async def test_what_is_over_in_shadow_mode_takes_no_part_of_its_limit(redis: RedisServer) -> None:
+    """As in a pod's own account: a bucket that is empty must not use up the day, nor hold a place that nobody frees."""
+    limit = a_limit(burst=1, quotas=(Quota(amount=9, period="day"),), concurrent=9, mode="shadow")
+    async with a_store(redis.url) as store:
+        for _ in range(3):
+            answer = await store.ask(charges(a_limit(name="enforced", burst=9), limit), "pay")
+        assert answer is not None
+        left = answer[0].remaining
+        with Redis(port=redis.port, decode_responses=True) as admin:
+            (day,) = (admin.hvals(key) for key in admin.keys("*:day"))
+            (held,) = (admin.zcard(key) for key in admin.keys("*:under-way"))
+
+    assert (left, answer[1].marks, day, held) == (6, (), ["1"], 1)
+
+
 async def test_a_replica_that_died_holds_no_place_for_long(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lease ends by itself; that of a replica which lives is renewed."""
     monkeypatch.setattr(tally, "LEASE_MS", "300")
