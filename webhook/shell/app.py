@@ -173,13 +173,15 @@ class App:
             self._metrics,
             leads=lambda: self._leadership.leads and controller.is_synced,
             profiles=controller.profiles,
+            excluded=self.template().excluded_namespaces,
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(external.run(), name="external")
             tasks.create_task(self._controller.run(self._kube), name="controller")
             tasks.create_task(network_policies.run(), name="network-policies")
             if self._settings.weakest_capture == Capture.REMAP:
-                tasks.create_task(Enforcement(self._kube, self._leadership, self._metrics).run(), name="enforcement")
+                enforcement = Enforcement(self._kube, self._leadership, self._metrics, governs=network_policies.governs)
+                tasks.create_task(enforcement.run(), name="enforcement")
             if self._settings.status == "write":  # two installations would overwrite each other for ever
                 tasks.create_task(statuses.run(), name="status")
                 tasks.create_task(coverage.run(), name="coverage")

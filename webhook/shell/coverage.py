@@ -35,11 +35,14 @@ class Coverage:
         *,
         leads: Callable[[], bool],
         profiles: Callable[[str], Mapping[str, ServerProfileSpec]],
+        excluded: frozenset[str],
     ) -> None:
+        """*excluded* names namespaces that are left alone, whatever their labels say."""
         self._kube = kube
         self._metrics = metrics
         self._leads = leads
         self._profiles = profiles
+        self._excluded = excluded
 
     async def run(self) -> None:
         """Count every minute; never returns."""
@@ -60,7 +63,7 @@ class Coverage:
         for each in await self._kube.list_all("/api/v1/namespaces", INJECTION_LABEL):
             name, labels = each["metadata"]["name"], each["metadata"].get("labels") or {}
             policy = policy_of(labels)
-            if policy is None:
+            if policy is None or name in self._excluded:
                 continue
             try:
                 profiles = self._profiles(name)

@@ -3,11 +3,13 @@
 The API server takes policies on every cluster, and some networks ignore them. So the replica that leads dials such pods
 itself: on the sidecar's health port, which is open to it, and on the ports of the application, which are open to
 nobody. If both answer, the pod is exposed: that is logged with its name and counted. If neither does, nothing is known.
-Sends no byte to an application, and treats no pod differently for what it finds.
+Sends no byte to an application, treats no pod differently for what it finds, and dials none of a namespace that is not
+governed: there the label is anybody's.
 """
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -47,10 +49,20 @@ class Target:
 class Enforcement:
     """Mutated by its own tasks alone, which all run on one loop."""
 
-    def __init__(self, kube: Kube, leadership: Leadership, metrics: Metrics, *, health_port: int = HEALTH_PORT) -> None:
+    def __init__(
+        self,
+        kube: Kube,
+        leadership: Leadership,
+        metrics: Metrics,
+        *,
+        governs: Callable[[str], bool],
+        health_port: int = HEALTH_PORT,
+    ) -> None:
+        """*governs* says whether a namespace is governed."""
         self._kube = kube
         self._leadership = leadership
         self._metrics = metrics
+        self._governs = governs
         self._health_port = health_port
         self._targets: dict[PodKey, Target] = {}
 
@@ -92,8 +104,9 @@ class Enforcement:
         if not self._leadership.leads:
             return
         now_s = asyncio.get_running_loop().time()
+        governed = {key: target for key, target in self._targets.items() if self._governs(key[0])}
         due = sorted(
-            (key for key, target in self._targets.items() if target.due_s <= now_s),
+            (key for key, target in governed.items() if target.due_s <= now_s),
             key=lambda key: self._targets[key].due_s,
         )[:MAX_DIALS]
         async with asyncio.TaskGroup() as tasks:
@@ -107,7 +120,7 @@ class Enforcement:
             self._targets[key] = replace(before, due_s=now_s + wait_s, is_exposed=is_exposed)
             if is_exposed and not before.is_exposed:
                 log.error(EXPOSED, extra={"pod": "/".join(key)})
-        found = [target.is_exposed for target in self._targets.values()]
+        found = [self._targets[key].is_exposed for key in governed if key in self._targets]
         self._metrics.remapped_pods.labels("exposed").set(found.count(True))
         self._metrics.remapped_pods.labels("closed").set(found.count(False))
         self._metrics.remapped_pods.labels("unknown").set(found.count(None))

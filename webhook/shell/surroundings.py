@@ -1,8 +1,9 @@
 """Keep the NetworkPolicies of core/surroundings.py as they ought to be, by the one replica that holds the Lease.
 
 What somebody edits or deletes is put right within PERIOD_S; what is no longer wanted is deleted. All of them belong to
-the release's ClusterRole, so that the API server's garbage collector takes them away after an uninstall. Follows the
-labels of namespaces and our own policies; the profiles come from the controller.
+the release's ClusterRole, so that the API server's garbage collector takes them away after an uninstall; what others
+write into their metadata besides (labels, annotations, finalizers of a network's own controller) is left to them until
+one has to be put right. Follows the labels of namespaces and our own policies; the profiles come from the controller.
 """
 
 import asyncio
@@ -90,6 +91,10 @@ class NetworkPolicies:
                 self._governed = before - {item["metadata"]["name"]}
         self._dirty |= before ^ (self._governed or set())
 
+    def governs(self, namespace: str) -> bool:
+        """Say whether *namespace* is governed; False until that is known."""
+        return namespace in (self._governed or ())
+
     def _is_governed(self, item: JSON) -> bool:
         metadata = item["metadata"]
         return metadata["name"] not in self._excluded and policy_of(metadata.get("labels") or {}) is not None
@@ -123,13 +128,18 @@ class NetworkPolicies:
         self._look()
         if not self._leadership.leads:
             return
+        try:
+            owner = await self._owner() if self._dirty else None
+        except KubeError as error:
+            log.warning("network policies not compared", extra={"error": str(error)})
+            return
         writes = 0
         for namespace in sorted(self._dirty, key=lambda each: (each in self._failing, each)):
             if writes >= MAX_WRITES:
                 return  # the rest of them in the next step
             self._dirty.discard(namespace)  # before, as what changes meanwhile must be looked at again
             try:
-                writes += await self._put_right(namespace)
+                writes += await self._put_right(namespace, owner)
             except KubeError as error:  # of this namespace: it may be on its way out
                 writes += 1
                 self._dirty.add(namespace)
@@ -156,16 +166,19 @@ class NetworkPolicies:
         self._dirty |= {namespace for _, namespace, _ in changed}
         self._profiles, self._providers = profiles, providers
 
-    async def _put_right(self, namespace: str) -> int:
-        """Return the number of writes that *namespace* took. Raises KubeError."""
+    async def _put_right(self, namespace: str, owner: JSON | None) -> int:
+        """Return the number of writes that *namespace* took; its policies are *owner*'s. Raises KubeError."""
         wanted: dict[str, JSON] = {}
-        if namespace in (self._governed or ()):
+        if self.governs(namespace):
             try:
                 profiles, providers = self._controller.profiles(namespace), self._controller.providers()
             except BadResource:  # a profile that cannot be read: what there is stays, as with the sidecars' bundles
                 return 0
             wanted = policies(namespace, profiles, providers, self._surroundings)
             self._say(namespace, undeclared(profiles, providers, self._surroundings))
+        if owner:
+            for each in wanted.values():
+                each["metadata"]["ownerReferences"] = [owner]
         actual = (self._actual or {}).get(namespace, {})
         differing = [name for name, policy in wanted.items() if not _agrees(actual.get(name), policy)]
         collection = f"/apis/{API_VERSION}/namespaces/{namespace}/networkpolicies"
@@ -177,15 +190,13 @@ class NetworkPolicies:
         return len(differing) + len(surplus)
 
     async def _write(self, collection: str, policy: JSON, held: JSON | None) -> None:
-        owner = await self._owner()
-        metadata = policy["metadata"] | ({"ownerReferences": [owner]} if owner else {})
-        path = f"{collection}/{metadata['name']}"
+        path = f"{collection}/{policy['metadata']['name']}"
         held = held or await self._kube.get(path)  # one of our name without our labels is not seen by the watch
         if held is None:
-            await self._kube.create(collection, policy | {"metadata": metadata})
+            await self._kube.create(collection, policy)
         else:
             kept = {"resourceVersion": held["metadata"]["resourceVersion"]}
-            await self._kube.replace(path, policy | {"metadata": metadata | kept})
+            await self._kube.replace(path, policy | {"metadata": policy["metadata"] | kept})
         self._metrics.network_policy_writes.inc()
 
     async def _delete(self, path: str) -> None:
@@ -216,8 +227,12 @@ class NetworkPolicies:
 
 
 def _agrees(held: JSON | None, wanted: JSON) -> bool:
-    """Say whether the API server holds what is wanted; other labels and annotations are nobody's business."""
+    """Say whether the API server holds what is wanted; other labels and annotations are nobody's business.
+
+    Our owner alone: a second one that exists would keep the policy after an uninstall.
+    """
     if held is None or held.get("spec") != wanted["spec"]:
         return False
-    labels = held["metadata"].get("labels") or {}
-    return all(labels.get(key) == value for key, value in wanted["metadata"]["labels"].items())
+    labels, owners = held["metadata"].get("labels") or {}, held["metadata"].get("ownerReferences") or []
+    is_ours = all(labels.get(key) == value for key, value in wanted["metadata"]["labels"].items())
+    return is_ours and owners == wanted["metadata"].get("ownerReferences", owners)

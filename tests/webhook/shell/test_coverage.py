@@ -14,6 +14,8 @@ from webhook.shell import coverage
 from webhook.shell.coverage import Coverage
 from webhook.shell.metrics import Metrics
 
+EXCLUDED = frozenset({"kube-system"})
+
 
 def _a_namespace(name: str, **labels: str) -> dict[str, Any]:
     return {"metadata": {"name": name, "labels": labels}}
@@ -32,6 +34,7 @@ def _a_cluster() -> KubeServer:
     server = KubeServer()
     server.put("/api/v1/namespaces", _a_namespace("pay", **{INJECTION_LABEL: "enabled"}))
     server.put("/api/v1/namespaces", _a_namespace("odd", **{INJECTION_LABEL: "what"}))
+    server.put("/api/v1/namespaces", _a_namespace("kube-system", **{INJECTION_LABEL: "enforced"}))
     for pod in (
         _a_pod("a", has_sidecar=True),
         _a_pod("b", has_sidecar=True, ready=False),
@@ -51,17 +54,19 @@ def _counts(metrics: Metrics) -> dict[str, float]:
 
 
 async def test_pods_are_counted_by_what_they_are() -> None:
-    """One that should have the sidecar and has not is seen; namespaces that are not governed are not looked at."""
+    """One that should have the sidecar and has not is seen; namespaces that are left alone are not looked at."""
     server, metrics = _a_cluster(), Metrics()
 
     def profiles(_: str) -> dict[str, Any]:
         raise BadResource("MCPServerProfile pay/x", "broken")
 
     async with server.running() as kube:
-        await Coverage(kube, metrics, leads=lambda: True, profiles=profiles).count()
+        await Coverage(kube, metrics, leads=lambda: True, profiles=profiles, excluded=EXCLUDED).count()
 
     assert _counts(metrics) == {"governed": 1, "starting": 1, "ungoverned": 1}
-    assert not any("/namespaces/odd/" in each for each in server.requests)
+    assert not any(
+        name in each for each in server.requests for name in ("/namespaces/odd/", "/namespaces/kube-system/")
+    )
     assert b"sidegate_pods_counted_timestamp_seconds 1" in metrics.render()
 
 
@@ -72,7 +77,8 @@ async def test_only_who_leads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     server, metrics, leading = _a_cluster(), Metrics(), [True]
     async with server.running() as kube, asyncio.TaskGroup() as tasks:
         server.fail_next = [500]  # once: the next look counts
-        running = tasks.create_task(Coverage(kube, metrics, leads=lambda: leading[0], profiles=lambda _: {}).run())
+        counting = Coverage(kube, metrics, leads=lambda: leading[0], profiles=lambda _: {}, excluded=EXCLUDED)
+        running = tasks.create_task(counting.run())
         await eventually(lambda: _counts(metrics), what="the counts")
         leading.clear()
         leading.append(False)
@@ -86,4 +92,4 @@ async def test_api_server_that_fails_is_told() -> None:
     server.fail_next = [500]
     async with server.running() as kube:
         with pytest.raises(KubeError):
-            await Coverage(kube, Metrics(), leads=lambda: True, profiles=lambda _: {}).count()
+            await Coverage(kube, Metrics(), leads=lambda: True, profiles=lambda _: {}, excluded=EXCLUDED).count()

@@ -37,11 +37,11 @@ async def listener(port: int = 0) -> AsyncIterator[int]:
     assert not any(heard)
 
 
-def a_pod(*ports: int, address: str | None = "127.0.0.1", name: str = "a") -> Any:
+def a_pod(*ports: int, address: str | None = "127.0.0.1", name: str = "a", namespace: str = "team") -> Any:
     """A pod in mode remap, whose application declares *ports*."""
     app = {"name": "app", "ports": [{"containerPort": port} for port in ports]}
     ours = {"name": "sidegate", "ports": [{"containerPort": 15443}]}
-    metadata = {"name": name, "namespace": "team", "labels": {"sidegate.dev/capture": "remap"}}
+    metadata = {"name": name, "namespace": namespace, "labels": {"sidegate.dev/capture": "remap"}}
     return {
         "metadata": metadata,
         "spec": {"initContainers": [ours], "containers": [app]},
@@ -54,7 +54,10 @@ def an_enforcement(health_port: int, *, leads: bool = True, kube: Any = None) ->
     metrics = Metrics()
     leadership = Leadership(kube, metrics, namespace="n", name="", identity="x")
     leadership._until_s = float("inf") if leads else 0.0
-    return Enforcement(kube, leadership, metrics, health_port=health_port), metrics
+    made = Enforcement(
+        kube, leadership, metrics, governs=lambda namespace: namespace == "team", health_port=health_port
+    )
+    return made, metrics
 
 
 def counted(metrics: Metrics) -> dict[str, float]:
@@ -93,6 +96,23 @@ async def test_a_pod_with_many_ports_does_not_keep_others_waiting(monkeypatch: p
 
     assert len(dialled) == 1 + enforcement_module.MAX_PORTS
     assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
+
+
+async def test_pods_of_namespaces_that_are_not_governed_are_not_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the label is anybody's, and the pod's address and ports are none of ours."""
+    dialled: list[tuple[str, int]] = []
+
+    async def answers(address: str, port: int) -> bool:
+        dialled.append((address, port))
+        return True
+
+    monkeypatch.setattr(enforcement_module, "_answers", answers)
+    enforcement, metrics = an_enforcement(1)
+    enforcement.apply(Listed([a_pod(8000, address="192.0.2.9", namespace="elsewhere"), a_pod(8000)], "1"))
+    await enforcement.step()
+
+    assert dialled == [("127.0.0.1", 1), ("127.0.0.1", 8000)]
+    assert counted(metrics) == {"closed": 0, "exposed": 1, "unknown": 0}
 
 
 async def test_silence_beside_an_answer_is_the_proof() -> None:

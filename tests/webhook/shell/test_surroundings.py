@@ -162,6 +162,49 @@ async def test_a_policy_that_only_has_our_name_is_made_ours(fence: Fence) -> Non
     await fence.until("it is repaired", lambda: fence.there()["sidegate-fence"]["spec"] == ours)
 
 
+@pytest.mark.parametrize("owners", [[], "another"], ids=["none", "a-second-one"])
+async def test_what_no_longer_belongs_to_the_release_is_put_right(fence: Fence, owners: Any) -> None:
+    """An uninstall must find it, and take it away."""
+    await fence.until("it is there", lambda: "sidegate-fence" in fence.there())
+    ours = fence.there()["sidegate-fence"]["metadata"]["ownerReferences"]
+    if owners == "another":
+        uid = fence.api.call("GET", f"/api/v1/namespaces/{fence.namespace}").body["metadata"]["uid"]
+        owners = [*ours, {"apiVersion": "v1", "kind": "Namespace", "name": fence.namespace, "uid": uid}]
+    merge, change = "application/merge-patch+json", {"metadata": {"ownerReferences": owners}}
+    before = fence.metrics.network_policy_writes._value.get()
+
+    assert fence.api.call("PATCH", fence.path("sidegate-fence"), change, content_type=merge).status == 200
+
+    await fence.until("it is written", lambda: fence.metrics.network_policy_writes._value.get() > before)
+    assert fence.there()["sidegate-fence"]["metadata"]["ownerReferences"] == ours
+
+
+async def test_whose_they_are_is_asked_again_after_a_failure(fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written without an owner that could be found; nothing is forgotten."""
+    await fence.until("it is there", lambda: "sidegate-fence" in fence.there())
+    failing, get = [KubeError(500, "made up")], fence.kube.get
+
+    async def sometimes(path: str) -> Any:
+        if path.endswith("/clusterroles/sidegate-fence") and failing:
+            raise failing.pop()
+        return await get(path)
+
+    monkeypatch.setattr(fence.kube, "get", sometimes)
+    fence.profile(selector={})
+
+    await fence.until("it is there in the end", lambda: "sidegate-fence.ledger" in fence.there())
+    assert failing == []
+    assert fence.there()["sidegate-fence.ledger"]["metadata"]["ownerReferences"]
+
+
+async def test_it_is_known_which_namespaces_are_governed(fence: Fence) -> None:
+    """By label, as the policies are; the namespaces that are left alone are not."""
+    await fence.until("it is there", lambda: "sidegate-fence" in fence.there())
+
+    assert fence.policies.governs(fence.namespace)
+    assert not fence.policies.governs("kube-system")
+
+
 async def test_only_the_replica_that_leads_writes(fence: Fence) -> None:
     """Another one knows what it would write, and does so once it leads."""
     await fence.until("it is there", lambda: "sidegate-fence" in fence.there())
