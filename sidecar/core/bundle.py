@@ -6,6 +6,7 @@ says which of two bundles is the newer, and which keys sign the next ones.
 Source: OPA documentation, "Bundles" and "Bundle signature".
 """
 
+import base64
 import gzip
 import hashlib
 import io
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sidecar.core import profile as profiles
@@ -37,7 +39,7 @@ ALLOW: Final = "mcp/authz/allow"
 REASONS: Final = "mcp/authz/reasons"
 
 METADATA: Final = "sidegate"  # the member of the manifest's metadata that is ours
-__all__ = ["Bundle", "Limits", "Stamp", "decode", "encode", "foreign", "public_keys", "renew", "revision"]
+__all__ = ["Bundle", "Limits", "Stamp", "decode", "encode", "foreign", "hash_of", "public_keys", "renew", "revision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,35 +104,46 @@ def encode(
     *,
     entrypoints: Sequence[str] = (ALLOW,),
     stamp: Stamp = Stamp(),
+    hashes: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return the bundle of *files*, signed with *key*; order of *files* and time do not matter.
 
-    *entrypoints* are those of policy.wasm. Every replica of the control plane makes the same bytes for the same *stamp*,
-    and the same revision for any. Raises BundleError for a name that no bundle may hold.
+    *entrypoints* are those of policy.wasm, *hashes* what `hash_of` says of files, as far as it was asked. Every replica
+    of the control plane makes the same bytes for the same *stamp*, and the same revision for any. Raises BundleError for
+    a name that no bundle may hold.
     """
     for name in files:
         _check_name(name)
     wasm = [{"entrypoint": entrypoint, "module": "/" + WASM} for entrypoint in entrypoints] if WASM in files else []
     manifest = {"revision": revision(files), "roots": [""], "rego_version": 1, "wasm": wasm}
-    return _sealed(files, manifest, key, stamp)
+    return _sealed(files, manifest, key, stamp, hashes or {})
 
 
 def renew(data: bytes, key: ec.EllipticCurvePrivateKey, stamp: Stamp) -> bytes:
     """Return the bundle *data*, which we made ourselves, with another *stamp* and a signature by *key*."""
     files = dict(_unpack(data, Limits()))
     manifest = json.loads(files.pop(MANIFEST))
-    del files[SIGNATURES]
-    return _sealed(files, manifest, key, stamp)
+    _, payload, _ = json.loads(files.pop(SIGNATURES))["signatures"][0].split(".")
+    signed = json.loads(base64.urlsafe_b64decode(payload + "=="))["files"]
+    known = {each["name"]: each["hash"] for each in signed if each["name"] != MANIFEST}
+    return _sealed(files, manifest, key, stamp, known)
 
 
 def _sealed(
-    files: Mapping[str, bytes], manifest: dict[str, Any], key: ec.EllipticCurvePrivateKey, stamp: Stamp
+    files: Mapping[str, bytes],
+    manifest: dict[str, Any],
+    key: ec.EllipticCurvePrivateKey,
+    stamp: Stamp,
+    known: Mapping[str, str],
 ) -> bytes:
     if stamp != Stamp() or stamp.announcements:
         ours = {"term": stamp.term, "sequence": stamp.sequence, "announcements": stamp.announcements}
         manifest = {**manifest, "metadata": {METADATA: ours}}
     signed = {**files, MANIFEST: json.dumps(manifest, sort_keys=True).encode()}
-    hashed = [{"name": name, "hash": _hash(name, signed[name]), "algorithm": "SHA-256"} for name in sorted(signed)]
+    hashed = [
+        {"name": name, "hash": known.get(name) or hash_of(name, signed[name]), "algorithm": "SHA-256"}
+        for name in sorted(signed)
+    ]
     token = sign(json.dumps({"files": hashed}, sort_keys=True).encode(), key)
     return _pack({**signed, SIGNATURES: json.dumps({"signatures": [token]}).encode()})
 
@@ -300,7 +313,7 @@ def _verify(files: dict[str, bytes], keyring: Keyring) -> None:
             raise BundleError(f"{name}: not covered by the signature")
         if name not in files:
             raise BundleError(f"{name}: signed, but missing")
-        if signed[name] != ("SHA-256", _hash(name, files[name])):
+        if signed[name] != ("SHA-256", hash_of(name, files[name])):
             raise BundleError(f"{name}: is not what was signed")
 
 
@@ -329,14 +342,27 @@ def _signed(signatures: Any, keyring: Keyring) -> dict[str, tuple[str, str]]:
     return signed
 
 
-def _hash(name: str, data: bytes) -> str:
+def hash_of(name: str, data: bytes) -> str:
     """Return the hash that OPA signs: of the bytes, but of JSON's canonical form where OPA reads JSON."""
-    if name.rpartition("/")[2] in (MANIFEST, DATA):
+    if name.rpartition("/")[2] in (MANIFEST, DATA) and not _is_canonical(data):
         try:
             data = _canonical(_json(name, data)).encode()
         except (UnicodeEncodeError, RecursionError) as error:
             raise BundleError(f"{name}: not JSON in UTF-8: {error}") from error
     return hashlib.sha256(data).hexdigest()
+
+
+def _is_canonical(data: bytes) -> bool:
+    """Say whether *data* is for certain in the canonical form already: a tenth of the time that it takes to make it.
+
+    What comes out of another parser and writer, which sort and leave out what can be left out, as it went in.
+    """
+    if b"\xe2\x80\xa8" in data or b"\xe2\x80\xa9" in data:  # which Go writes as \\u2028 and \\u2029
+        return False
+    try:
+        return msgspec.json.encode(msgspec.json.decode(data), order="sorted") == data
+    except (ValueError, RecursionError):
+        return False
 
 
 class _Number(str):

@@ -125,9 +125,9 @@ class Plane:
         finally:
             await runner.cleanup()
 
-    def publish(self, content: dict[str, bytes], sequence: int) -> None:
+    async def publish(self, content: dict[str, bytes], sequence: int) -> None:
         """Hand out the bundle of *content* from now on."""
-        self.bundles.publish(POD_KEY, self.bundles.sign(content, sequence), sequence)
+        self.bundles.publish(POD_KEY, await self.bundles.sign(content, sequence), sequence)
 
     def reported(self) -> tuple[str, str] | None:
         """Return revision and error that the pod reported last."""
@@ -142,9 +142,9 @@ async def test_pod_gets_its_bundle_and_each_new_one_at_once() -> None:
         plane.bundles.keys = SigningKeys(current=KEY, term=1)
         await eventually(lambda: "no injected pod pay/billing-1" in source.detail, what="refusal")
         plane.bundles.track(POD_KEY, "billing")
-        plane.publish(files(1), 1)
+        await plane.publish(files(1), 1)
         await eventually(lambda: receiver.numbers == [1], what="first bundle")
-        plane.publish(files(2), 2)
+        await plane.publish(files(2), 2)
         await eventually(lambda: receiver.numbers == [1, 2], what="second bundle")
         await eventually(lambda: plane.reported() == (receiver.revisions[1], ""), what="report")
 
@@ -156,7 +156,7 @@ async def test_older_policy_that_is_applied_again_is_enforced_again() -> None:
         plane.bundles.keys = SigningKeys(current=KEY, term=1)
         plane.bundles.track(POD_KEY, "billing")
         for sequence, number in enumerate((1, 2, 1)):
-            plane.publish(files(number), 10 + sequence)
+            await plane.publish(files(number), 10 + sequence)
             await eventually(lambda n=sequence: len(receiver.numbers) == n + 1, what="bundle")  # type: ignore[misc]
 
     assert receiver.numbers == [1, 2, 1]
@@ -170,7 +170,7 @@ async def test_replica_that_has_not_heard_of_a_change_does_not_undo_it() -> None
         for plane, number in ((first, 2), (second, 1)):
             plane.bundles.keys = SigningKeys(current=KEY, term=1)
             plane.bundles.track(POD_KEY, "billing")
-            plane.publish(files(number), 10 + number)
+            await plane.publish(files(number), 10 + number)
         await eventually(lambda: receiver.numbers == [2], what="newer bundle")
         source._url = source._url.replace(first.url, second.url)
         first.bundles.forget(POD_KEY)  # which ends the long poll
@@ -193,7 +193,7 @@ async def test_keys_are_rotated_under_running_sidecars(tmp_path: Path) -> None:
         async with pulling(plane.url, receiver.activate, **settings) as source:
             for number in range(1, 8):  # three and a half rotations, each with its overlap
                 plane.bundles.keys = keys
-                plane.publish(files(number), number)
+                await plane.publish(files(number), number)
                 await eventually(lambda n=number: len(receiver.numbers) == n, what="bundle")  # type: ignore[misc]
                 now_s += 100 if keys.previous is None else 10
                 keys = due(keys, now_s, KeyTimes(age_s=100, overlap_s=10), make_key)
@@ -201,12 +201,12 @@ async def test_keys_are_rotated_under_running_sidecars(tmp_path: Path) -> None:
             now_s += 100
             keys = due(keys, now_s, KeyTimes(age_s=100, overlap_s=10), make_key)
         plane.bundles.keys = keys
-        plane.publish(files(8), 8)
+        await plane.publish(files(8), 8)
         restarted = Receiver()
         async with pulling(plane.url, restarted.activate, **settings) as source:
             await eventually(lambda: restarted.numbers == [7, 8], what="kept bundle, then the new one")
             plane.bundles.keys = replace(begun, term=keys.term + 1)  # a thief of the first key, in the plane's place
-            plane.publish(files(9), 9)
+            await plane.publish(files(9), 9)
             await eventually(lambda: "not signed by a key that is trusted here" in source.detail, what="refusal")
 
     assert receiver.numbers == [1, 2, 3, 4, 5, 6, 7]
@@ -381,7 +381,7 @@ async def test_new_bundle_takes_effect_on_open_connections(tmp_path: Path) -> No
         revisions: list[str] = []
         plane.bundles.keys = SigningKeys(current=KEY, term=1)
         plane.bundles.track(POD_KEY, "billing")
-        plane.publish(content(port, EVERYTHING), 1)
+        await plane.publish(content(port, EVERYTHING), 1)
         async with pulling(plane.url, activate) as source:
             await eventually(lambda: source.detail == "confirmed", what="first bundle")
             client, streaming = await path.dial(), await path.dial()
@@ -389,12 +389,12 @@ async def test_new_bundle_takes_effect_on_open_connections(tmp_path: Path) -> No
             await streaming.until(b": hello\n\n\r\n")
             lifetimes.review()
             assert [await outcome(client, each) for each in ("read_schema", "drop_table")] == [True, True]
-            plane.publish(content(port, CALLS_ALONE), 2)
+            await plane.publish(content(port, CALLS_ALONE), 2)
             await eventually(lambda: len(revisions) == 2, what="second bundle")
             assert [await outcome(client, each) for each in ("read_schema", "drop_table")] == [True, False]
             lifetimes.review()
             assert path.serving.in_flight == 1  # to listen is no call
-            plane.publish(content(port, CALLS_ALONE, Identity(mtls="permissive", user="required")), 3)
+            await plane.publish(content(port, CALLS_ALONE, Identity(mtls="permissive", user="required")), 3)
             await eventually(lambda: len(revisions) == 3, what="third bundle")
             lifetimes.review()
             assert await streaming.until(b"\r\n\r\n") == b"0\r\n\r\n"

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sidecar.core.authorise import Engine
 from sidecar.core.bundle import PROFILE, Bundle, revision
@@ -15,7 +15,7 @@ from sidecar.core.profile import decode as decode_profile
 from sidecar.errors import ConfigError
 from webhook.core.cases import Case
 from webhook.core.cases import read as read_cases
-from webhook.core.compile import Policies
+from webhook.core.compile import NO_DATA, Data, Policies
 from webhook.shell.opa import Opa, files
 
 EXAMPLE: Final = Server(namespace="default", workload="server", name="server", port=8000)
@@ -64,16 +64,16 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: not UTF-8: {error}") from error
 
 
-def _data(path: Path | None) -> dict[str, Any]:
+def _data(path: Path | None) -> Data:
     if path is None:
-        return {}
+        return NO_DATA
     try:
         data = json.loads(_text(path))
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected an object")
+        return Data(data)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected an object")
-    return data
 
 
 async def compiled(directory: Directory, opa: Opa, profile: Profile | None = None) -> Bundle:

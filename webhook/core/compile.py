@@ -7,6 +7,7 @@ by name; `opa deps` misses values of `with`.
 """
 
 import bisect
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,43 @@ CEDAR_CONTEXT: Final = {
 VOLATILE: Final = ("/request/time", "/request/trace_id")  # never twice the same: nothing to remember
 
 
+class Data:
+    """What Rego finds below `data`: the text of data.json, made once, and by what megabytes of it are compared.
+
+    Raises ValueError for what JSON or UTF-8 cannot hold.
+    """
+
+    __slots__ = ("digest", "text")
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        # In the form in which it is hashed, so that neither we nor a sidecar has to make that of it.
+        written = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        self.text = written.encode() if content else b""
+        self.digest = hashlib.sha256(self.text).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether both hold the same."""
+        return isinstance(other, Data) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        """Return what is the same for the same content."""
+        return hash(self.digest)
+
+
+NO_DATA: Final = Data({})
+
+
+def key_of(*parts: Any) -> bytes:
+    """Return a digest of *parts*, policies and profiles, by which what was made of them is found again."""
+    encoded = msgspec.json.encode(parts, order="sorted", enc_hook=_digest)
+    return hashlib.sha256(encoded).digest()
+
+
+def _digest(value: Any) -> str:
+    assert isinstance(value, Data)  # noqa: S101 - all else in policies and profiles is JSON
+    return value.digest
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policies:
     """One policy as it was applied: file name without directory -> text. The first fields are those of PolicySet."""
@@ -75,14 +113,14 @@ class Policies:
     vocabulary: Literal["sidegate", "toolhive"] = "sidegate"
     cedar: Mapping[str, str] = field(default_factory=dict)
     rego: Mapping[str, str] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Data = NO_DATA
     schema: str | None = None  # of Cedar; None: policies are parsed, not validated
 
     def rego_files(self) -> dict[str, bytes]:
         """Return what OPA reads, by path in the bundle."""
         files = {f"policy/{name}": text.encode() for name, text in self.rego.items()}
-        if self.rego and self.data:
-            files[DATA] = json.dumps(self.data, sort_keys=True).encode()
+        if self.rego and self.data.text:
+            files[DATA] = self.data.text
         return files
 
 

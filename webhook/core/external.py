@@ -7,12 +7,13 @@ built-in functions that sidecars have. Source: OPA documentation, "Bundles" and 
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sidecar.core.bundle import DATA, MANIFEST, foreign
 from sidecar.core.keyring import Keyring
 from sidecar.errors import BundleError
+from webhook.core.compile import NO_DATA, Data
 from webhook.core.resources import BundleSpec
 
 SEPARATOR: Final = "__"  # for the slashes in a module's path: they are compiled in one directory
@@ -23,7 +24,7 @@ class Fetched:
     """What an external bundle holds: module name -> text, and all data."""
 
     rego: Mapping[str, str]
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Data = NO_DATA
 
 
 def read(packed: bytes, spec: BundleSpec) -> Fetched:
@@ -42,7 +43,11 @@ def read(packed: bytes, spec: BundleSpec) -> Fetched:
             raise BundleError(f"{path}: cannot be read: {error}") from error
     if not any(not name.endswith("_test.rego") for name in rego):
         raise BundleError("bundle: holds no Rego module")
-    return Fetched(rego={name: text for name, text in rego.items() if not name.endswith("_test.rego")}, data=data)
+    try:
+        held = Data(data)
+    except (ValueError, RecursionError) as error:  # 1e999; half of a surrogate pair
+        raise BundleError(f"{DATA}: cannot be written: {error}") from error
+    return Fetched(rego={name: text for name, text in rego.items() if not name.endswith("_test.rego")}, data=held)
 
 
 def _merge(data: dict[str, Any], path: list[str], content: Any) -> None:

@@ -7,11 +7,15 @@ Source: Open Policy Agent documentation, bundle service API (ETag, If-None-Match
 """
 
 import asyncio
+import functools
+import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from aiohttp import web
 from prometheus_client import Counter
@@ -20,6 +24,7 @@ from certs.spiffe import TrustDomain
 from certs.tls import peer_of
 from sidecar.core import bundle
 from sidecar.core.bundle import Stamp
+from sidecar.core.keyring import PrivateKey
 from webhook.core.reports import ERROR_HEADER, REVISION_HEADER, Reports
 from webhook.core.signing import SigningKeys
 from webhook.shell.metrics import Metrics
@@ -31,6 +36,10 @@ WITHIN_HEADER: Final = "Sidegate-Report-Within"
 RETRY_AFTER_S: Final = "1"
 _WAIT: Final = re.compile(r"(?:^|[;,\s])wait=([0-9]{1,4})(?:$|[;,\s])", re.ASCII)
 
+MAX_HASHES: Final = 1024  # that are remembered, of large data
+SMALL_BYTES: Final = 32 * 1024  # are signed where they are asked for, within a millisecond or two
+
+Result = TypeVar("Result")
 PodKey = tuple[str, str]
 """Namespace and name."""
 
@@ -42,6 +51,22 @@ class Published:
     data: bytes = field(repr=False)
     revision: str
     stamp: Stamp = Stamp()
+    size_bytes: int = 0  # of its files, unpacked
+    wanted: "Seal | None" = None  # the newest that anybody waits for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """By what a bundle is signed, and what the signature says of its age."""
+
+    key: PrivateKey = field(repr=False)
+    stamp: Stamp
+
+    def put_on(self, published: Published) -> None:
+        """Sign *published* again, if it is older."""
+        if published.stamp < self.stamp:
+            published.data = bundle.renew(published.data, self.key, self.stamp)
+            published.stamp = self.stamp  # last: who sees it on another thread finds the data
 
 
 class Entry:
@@ -68,6 +93,8 @@ class Bundles:
     def __init__(self) -> None:
         self._entries: dict[PodKey, Entry] = {}
         self.keys: SigningKeys | None = None
+        self._signer = ThreadPoolExecutor(1, "signer")  # large ones, one at a time: each is unpacked for it
+        self._hashes: OrderedDict[bytes, str] = OrderedDict()
         self.floor = 0  # all bundles without a problem reflect the cluster up to this resource version
 
     def __len__(self) -> int:
@@ -90,23 +117,55 @@ class Bundles:
         if entry:
             entry.wake()
 
-    def sign(self, files: Mapping[str, bytes], sequence: int) -> Published:
+    async def sign(self, files: Mapping[str, bytes], sequence: int) -> Published:
         """Return the bundle of *files*, for `publish`. The keys must be there."""
         assert self.keys is not None  # noqa: S101 - nothing is compiled before
-        stamp = self.keys.stamp(sequence)
-        return Published(bundle.encode(files, self.keys.current, stamp=stamp), bundle.revision(files), stamp)
+        make = functools.partial(self._signed, files, Seal(key=self.keys.current, stamp=self.keys.stamp(sequence)))
+        return make() if _size_bytes(files) <= SMALL_BYTES else await self._beside(make)
 
     def etag(self, published: Published) -> str:
         """Return what tells *published* from others: what is in it, and the keys that it announces."""
         return f"{published.revision}.{self.keys.term:x}" if self.keys else published.revision
 
-    def signed(self, entry: Entry, published: Published) -> bytes:
-        """Return *published* as its signature should be now."""
+    def _signed(self, files: Mapping[str, bytes], seal: Seal) -> Published:
+        large = {
+            name: self._hash_of(content)
+            for name, content in files.items()
+            if name.endswith(bundle.DATA) and len(content) > SMALL_BYTES
+        }
+        data = bundle.encode(files, seal.key, stamp=seal.stamp, hashes=large)
+        return Published(data, bundle.revision(files), seal.stamp, _size_bytes(files))
+
+    def _hash_of(self, data: bytes) -> str:
+        """Return the hash of large *data*, which many workloads may have; on the signer's thread alone."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._hashes:
+            self._hashes[digest] = bundle.hash_of(bundle.DATA, data)
+        self._hashes.move_to_end(digest)
+        while len(self._hashes) > MAX_HASHES:
+            self._hashes.popitem(last=False)
+        return self._hashes[digest]
+
+    async def signed(self, entry: Entry, published: Published) -> bytes:
+        """Return *published* as its signature should be now, or newer: pods that share it may have seen more."""
         if self.keys is not None:
             stamp = self.keys.stamp(entry.sequence if entry.problem else max(entry.sequence, self.floor))
             if published.stamp < stamp:
-                published.data, published.stamp = bundle.renew(published.data, self.keys.current, stamp), stamp
+                await self._renew(published, Seal(key=self.keys.current, stamp=stamp))
         return published.data
+
+    async def _renew(self, published: Published, seal: Seal) -> None:
+        if published.size_bytes <= SMALL_BYTES:
+            seal.put_on(published)
+            return
+        if published.wanted is None or published.wanted.stamp < seal.stamp:
+            published.wanted = seal
+        # Who waits in the queue may find that the one before has done it; what has begun is kept if nobody waits any more.
+        await self._beside(lambda: (published.wanted or seal).put_on(published))
+
+    async def _beside(self, work: Callable[[], Result]) -> Result:
+        """Return what *work* returns, done on the signer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._signer, work)
 
     def publish(self, pod: PodKey, published: Published, sequence: int = 0) -> None:
         """Hand out *published*, which reflects the cluster up to *sequence*, to *pod* from now on."""
@@ -122,6 +181,10 @@ class Bundles:
         entry = self._entries.get(pod)
         if entry:
             entry.problem = problem
+
+
+def _size_bytes(files: Mapping[str, bytes]) -> int:
+    return sum(map(len, files.values()))
 
 
 def utc_now() -> datetime:
@@ -189,12 +252,13 @@ class BundleEndpoint:
             raise web.HTTPServiceUnavailable(
                 text=f"pod {'/'.join(pod)}: {entry.problem}", headers={"Retry-After": RETRY_AFTER_S}
             )
-        etag = self._bundles.etag(entry.published)
+        published = entry.published
+        etag = self._bundles.etag(published)
         headers = {"ETag": f'"{etag}"'}
         if etag == known:
             return web.Response(status=304, headers=headers)
         headers[WITHIN_HEADER] = f"{len(self._bundles) / REPORTS_PER_S:.2f}"
-        data = self._bundles.signed(entry, entry.published)
+        data = await self._bundles.signed(entry, published)
         return web.Response(body=data, content_type=MEDIA_TYPE, headers=headers)
 
     def _caller(self, request: web.Request) -> tuple[PodKey, str]:

@@ -6,7 +6,6 @@ logged, counted and told to the sidecar that has none. Also what admission knows
 """
 
 import asyncio
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from sidecar.errors import BundleError
 from webhook.core import patch, resources
 from webhook.core import pod as pods
 from webhook.core.annotations import INJECTED
-from webhook.core.compile import Policies
+from webhook.core.compile import Policies, key_of
 from webhook.core.effective import Defaults, Effective, NamespaceResources, combine
 from webhook.core.pod import JSON, Pod
 from webhook.core.resources import (
@@ -210,7 +209,7 @@ class Controller:
         self._failing: dict[PodKey, str] = {}
         self._states: dict[PodKey, PodState] = {}  # of pods that nothing has changed for since
         self._sources: dict[PodKey, tuple[Source, ...]] = {}
-        self._compiled: OrderedDict[str, Published] = OrderedDict()
+        self._compiled: OrderedDict[bytes, Published] = OrderedDict()
         self._wake = asyncio.Event()
 
     @property
@@ -330,7 +329,7 @@ class Controller:
         """Compile for every pod that something has changed for."""
         dirty, self._dirty = self._dirty, set()
         self._is_compiling = True
-        failed: dict[str, str] = {}  # what was tried for one pod is not tried for the next of the same workload
+        failed: dict[bytes, str] = {}  # what was tried for one pod is not tried for the next of the same workload
         for count, pod in enumerate(sorted(dirty)):
             tracked = (self._pods or {}).get(pod)
             if tracked is not None:
@@ -341,7 +340,7 @@ class Controller:
         self._raise_floor()
         self._metrics.failing_pods.set(len(self._failing))
 
-    async def _refresh(self, pod: PodKey, tracked: Tracked, failed: dict[str, str]) -> None:
+    async def _refresh(self, pod: PodKey, tracked: Tracked, failed: dict[bytes, str]) -> None:
         sequence = max(self._seen.of(pod[0]), self._versions.get(pod, 0))  # of what is compiled now
         key, changes = _likeness(pod[0], tracked), self._changes
         if key in self._alike:
@@ -384,17 +383,18 @@ class Controller:
             self.external,
         )
 
-    async def _published(self, effective: Effective, sequence: int, failed: dict[str, str]) -> Published:
+    async def _published(self, effective: Effective, sequence: int, failed: dict[bytes, str]) -> Published:
         """Return the bundle for *effective*, compiled only if it was not before. Raises BadPolicy."""
-        content = msgspec.json.encode([effective.profile, effective.policies], order="sorted")
-        digest = hashlib.sha256(content).hexdigest()
+        digest = key_of(effective.profile, effective.policies)
         if digest in self._compiled:
             self._compiled.move_to_end(digest)
             return self._compiled[digest]
         if digest in failed:
             raise BadPolicy("bundle", failed[digest])
         try:
-            published = self._bundles.sign(await self._compile_files(effective.policies, effective.profile), sequence)
+            published = await self._bundles.sign(
+                await self._compile_files(effective.policies, effective.profile), sequence
+            )
         # OSError: the opa program cannot be run; the others: what no bundle can hold. One tenant's must not end us.
         except (BadPolicy, BundleError, OSError, ValueError) as error:
             self._metrics.compilations.labels("failed").inc()

@@ -5,7 +5,6 @@ Source: OPA documentation, "CLI", version 1.22.
 """
 
 import asyncio
-import hashlib
 import io
 import json
 import shutil
@@ -16,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, cast
-
-import msgspec
 
 from sidecar.core import profile as profiles
 from sidecar.core.bundle import WASM
@@ -158,10 +155,7 @@ class Remembering:
         return compiler.files(policies, profile, [await self._compiled(each) for each in policies])
 
     async def _compiled(self, policies: compiler.Policies) -> list[compiler.Compiled]:
-        key = msgspec.json.encode(
-            [policies.rego, policies.data, policies.cedar, policies.schema, policies.vocabulary], order="deterministic"
-        )
-        digest = hashlib.sha256(key).digest()
+        digest = compiler.key_of(policies.rego, policies.data, policies.cedar, policies.schema, policies.vocabulary)
         if digest not in self._known:
             self._known[digest] = await compiled(policies, self._opa)
         self._known.move_to_end(digest)

@@ -14,7 +14,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from sidecar.core import bundle, profile
@@ -136,6 +136,23 @@ def test_bundle_is_signed_again_with_another_stamp() -> None:
     assert bundle.decode(again, [OTHER.public_key()]).files == files
 
 
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(JSON_VALUES, st.booleans(), st.booleans(), st.sampled_from([None, (",", ":")]))
+@example("".join(map(chr, range(0x2030))), False, True, (",", ":"))
+def test_data_that_is_taken_for_canonical_is(value: Any, is_ascii: bool, is_sorted: bool, separators: Any) -> None:
+    """What saves the time to hash megabytes must never hash anything else than OPA does."""
+    data = json.dumps(value, ensure_ascii=is_ascii, sort_keys=is_sorted, separators=separators).encode()
+    assume(bundle._is_canonical(data))
+
+    assert bundle._canonical(bundle._json("data.json", data)).encode() == data
+
+
 def test_announced_key_signs_the_bundle_that_announces_it() -> None:
     """Who was away while keys changed verifies the next bundle all the same."""
     told = Stamp(term=3, sequence=1, announcements=(announce([OTHER.public_key()], 3, KEY),))
@@ -186,7 +203,7 @@ def test_foreign_metadata_says_nothing() -> None:
         held["/.manifest"] = json.dumps(manifest).encode()
         names = {name.removeprefix("/"): content for name, content in held.items() if name != "/.signatures.json"}
         entries = [
-            {"name": name, "algorithm": "SHA-256", "hash": bundle._hash(name, content)}
+            {"name": name, "algorithm": "SHA-256", "hash": bundle.hash_of(name, content)}
             for name, content in names.items()
         ]
         held["/.signatures.json"] = signed({"files": entries})

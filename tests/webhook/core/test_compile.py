@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.core import bundle
 from sidecar.core.cedar import CedarEngine
 from sidecar.core.profile import Identity, Limit, Profile, Provider, Server, decode
 from sidecar.core.projection import Projection
 from tests.sidecar.questions import a_question, a_user
 from webhook.core import compile as compiler
-from webhook.core.compile import CEDAR_ENTITIES, Compiled, Policies, files, opa_error
+from webhook.core.compile import CEDAR_ENTITIES, Compiled, Data, Policies, files, opa_error
 from webhook.errors import BadPolicy
 
 PROFILE = Profile(server=Server(namespace="n", workload="w", name="s", port=1))
@@ -27,7 +28,9 @@ def announced(*compiled: Compiled, policies: Policies | None = None) -> Any:
 
 def test_the_files_of_a_bundle_in_order() -> None:
     """Both languages, the schema, the data, the module and the profile, sorted by name."""
-    policies = Policies(cedar={"b.cedar": PERMIT}, rego={"a.rego": "package x"}, data={"k": 1}, schema="entity User;")
+    policies = Policies(
+        cedar={"b.cedar": PERMIT}, rego={"a.rego": "package x"}, data=Data({"k": 1}), schema="entity User;"
+    )
     made = files([policies], PROFILE, [[Compiled(reads=frozenset(), wasm=b"wasm")]])
 
     assert list(made) == [
@@ -38,12 +41,23 @@ def test_the_files_of_a_bundle_in_order() -> None:
         "policy/a.rego",
         "sidegate.json",
     ]
-    assert (made["data.json"], made["policy.wasm"], made["policy/a.rego"]) == (b'{"k": 1}', b"wasm", b"package x")
+    assert (made["data.json"], made["policy.wasm"], made["policy/a.rego"]) == (b'{"k":1}', b"wasm", b"package x")
+
+
+def test_data_as_the_control_plane_writes_it_is_canonical() -> None:
+    """Else nothing would be saved."""
+    content = {"b": [1, 1.5, True, None, -3], "a": {"é\n\x01\x7f": '<x>&"'}}
+
+    assert bundle._is_canonical(Data(content).text)
+    assert not bundle._is_canonical(Data({"a": "\u2028"}).text)
+    assert not bundle._is_canonical(b'{"b":1,"a":2}')
+    assert not bundle._is_canonical(b'{"a":1.50}')
+    assert not bundle._is_canonical(b"[" * 100_000)
 
 
 def test_without_policies_the_bundle_is_the_profile() -> None:
     """Data without Rego and a schema without Cedar are nobody's."""
-    assert list(files([Policies(data={"k": 1}, schema="x")], PROFILE, [[]])) == ["sidegate.json"]
+    assert list(files([Policies(data=Data({"k": 1}), schema="x")], PROFILE, [[]])) == ["sidegate.json"]
 
 
 def test_engines_are_announced() -> None:

@@ -13,6 +13,7 @@ from sidecar.core.keyring import pem_of
 from sidecar.errors import BundleError
 from tests.parts import part
 from tests.sidecar.core.test_bundle import archive, private_pem
+from webhook.core.compile import Data
 from webhook.core.external import Fetched, is_allowed, read
 from webhook.core.resources import BundleSpec
 
@@ -23,7 +24,7 @@ REGO = b"package mcp.authz\n\ndefault allow := false\n\nallow if input.tool.name
 
 def signed(files: dict[str, bytes], key: ec.EllipticCurvePrivateKey = KEY) -> bytes:
     """Return a bundle of *files*, signed as OPA does."""
-    entries = [{"name": n, "algorithm": "SHA-256", "hash": bundle._hash(n, c)} for n, c in files.items()]
+    entries = [{"name": n, "algorithm": "SHA-256", "hash": bundle.hash_of(n, c)} for n, c in files.items()]
     token = jwt.PyJWS().encode(json.dumps({"files": entries}).encode(), key, "ES256")
     return archive(*files.items(), (".signatures.json", json.dumps({"signatures": [token]}).encode()))
 
@@ -39,7 +40,7 @@ def test_bundle_that_opa_built_is_read(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)  # noqa: S603 - our own words
     found = read((tmp_path / "bundle.tar.gz").read_bytes(), SPEC)
 
-    assert found.data == {"corp": {"tools": ["ping"], "weight": 1.5}}
+    assert json.loads(found.data.text) == {"corp": {"tools": ["ping"], "weight": 1.5}}
     (module,) = found.rego.values()
     assert "data.corp.tools" in module
 
@@ -54,7 +55,7 @@ def test_data_of_several_directories_is_one_document() -> None:
     }
 
     assert read(signed(files), SPEC) == Fetched(
-        rego={"a__rules.rego": REGO.decode()}, data={"x": 1, "corp": {"tools": [], "eu": {"y": 2}}}
+        rego={"a__rules.rego": REGO.decode()}, data=Data({"x": 1, "corp": {"tools": [], "eu": {"y": 2}}})
     )
 
 
@@ -67,6 +68,8 @@ def test_data_of_several_directories_is_one_document() -> None:
         ({"data.json": b"{}"}, "holds no Rego module"),
         ({"p_test.rego": REGO}, "holds no Rego module"),
         ({"p.rego": b"\xff"}, r"p\.rego: cannot be read"),
+        ({"p.rego": REGO, "data.json": b'{"a": "\\ud800"}'}, "not JSON in UTF-8"),
+        ({"p.rego": REGO, "data.json": b'{"a": 1e999}'}, "cannot be written"),
         ({"p.rego": REGO, "data.json": b"[]"}, "must hold an object"),
         ({"p.rego": REGO, "data.json": b'{"a": 1}', "a/data.json": b"{}"}, "a is a value in another"),
         ({"p.rego": REGO, "data.json": b'{"a": {"b": 1}}', "a/data.json": b'{"b": 2}'}, "b is in another"),

@@ -1,12 +1,15 @@
 """The bundle endpoint over real mutual TLS: who gets which bundle, and when."""
 
 import asyncio
+import secrets
 import ssl
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -15,13 +18,13 @@ from certs.embedded import EmbeddedDomain
 from certs.spiffe import SpiffeId, SpiffePattern, TrustDomain
 from certs.svid import X509Snapshot
 from certs.tls import ClientCertificate, MutualClient, MutualServer
-from sidecar.core import profile
-from sidecar.core.bundle import decode
-from sidecar.core.keyring import Keyring
+from sidecar.core import bundle, profile
+from sidecar.core.bundle import Stamp, decode
+from sidecar.core.keyring import Keyring, PrivateKey
 from tests.sidecar.questions import SERVER
 from webhook.core.reports import Reports
 from webhook.core.signing import KeyTimes, SigningKeys, due
-from webhook.shell.bundles import MEDIA_TYPE, BundleEndpoint, Bundles, Published
+from webhook.shell.bundles import MEDIA_TYPE, SMALL_BYTES, BundleEndpoint, Bundles, Entry, Published
 from webhook.shell.metrics import Metrics
 
 OURS, OTHERS = (EmbeddedDomain(TrustDomain.parse(name)) for name in ("a.test", "b.test"))
@@ -230,7 +233,7 @@ async def test_new_signing_keys_are_news_at_the_next_question(plane: Plane) -> N
     second = due(first, 4.0, KeyTimes(age_s=1, overlap_s=9), make_key)
     files = {"sidegate.json": profile.encode(profile.Profile(server=SERVER))}
     plane.bundles.keys = first
-    plane.bundles.publish(POD, plane.bundles.sign(files, 7), 7)
+    plane.bundles.publish(POD, await plane.bundles.sign(files, 7), 7)
     _, _, before, headers = await plane.ask()
     plane.bundles.keys = second
     plane.bundles.floor = 9
@@ -242,6 +245,68 @@ async def test_new_signing_keys_are_news_at_the_next_question(plane: Plane) -> N
     assert (headers["ETag"], news["ETag"]) == (f'"{old.revision}.3"', f'"{old.revision}.4"')
     assert (old.stamp.sequence, new.stamp.sequence) == (7, 9)
     assert new.keyring.keys == second.believed
+
+
+async def test_large_bundles_are_signed_beside_the_loop(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admission is served by the loop; and what many pods wait for at once is signed once, as the newest of them needs."""
+    threads, renewals = [], []
+    real = bundle.renew
+
+    def renew(data: bytes, key: PrivateKey, stamp: Stamp) -> bytes:
+        threads.append(threading.current_thread())
+        renewals.append(stamp.sequence)
+        return real(data, key, stamp)
+
+    monkeypatch.setattr(bundle, "renew", renew)
+    plane.bundles.keys = SigningKeys(current=make_key(), term=3)
+    files = {
+        "sidegate.json": profile.encode(profile.Profile(server=SERVER)),
+        "policy/p.rego": b"# " + secrets.token_hex(SMALL_BYTES).encode(),
+    }
+    published = await plane.bundles.sign(files, 7)
+    entries = [Entry("ledger") for _ in range(8)]
+    for number, entry in enumerate(entries):
+        entry.sequence = 10 + number
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        signed = [tasks.create_task(plane.bundles.signed(entry, published)) for entry in entries]
+
+    assert threading.main_thread() not in threads
+    assert renewals[-1] == published.stamp.sequence == 17
+    assert len(renewals) <= 2  # the first may have begun before the others asked
+    assert signed[-1].result() == published.data
+
+
+async def test_what_was_signed_once_is_not_hashed_again(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the data that takes long, half a second for each megabyte."""
+    hashed = []
+    real = bundle.hash_of
+    monkeypatch.setattr(bundle, "hash_of", lambda name, data: hashed.append(name) or real(name, data))
+    plane.bundles.keys = SigningKeys(current=make_key(), term=3)
+    files = {"sidegate.json": profile.encode(profile.Profile(server=SERVER)), "data.json": b'{"a":1}'}
+    published = await plane.bundles.sign(files, 7)
+    entry = Entry("ledger")
+    entry.sequence = 8
+    hashed.clear()
+    data = await plane.bundles.signed(entry, published)
+
+    assert hashed == [".manifest"]
+    assert decode(data, plane.bundles.keys.believed).stamp.sequence == 8
+
+
+async def test_large_data_of_many_workloads_is_hashed_once(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One policy with megabytes of data may select a thousand workloads."""
+    hashed = []
+    real = bundle.hash_of
+    monkeypatch.setattr(bundle, "hash_of", lambda name, data: hashed.append(name) or real(name, data))
+    plane.bundles.keys = SigningKeys(current=make_key(), term=3)
+    data = b'{"a":"%b"}' % secrets.token_hex(SMALL_BYTES).encode()
+    for port in range(1, 4):
+        server = msgspec.structs.replace(SERVER, port=port)
+        files = {"sidegate.json": profile.encode(profile.Profile(server=server)), "sets/cluster/a/data.json": data}
+        published = await plane.bundles.sign(files, 7)
+
+    assert sorted(hashed) == [".manifest"] * 3 + ["data.json"] + ["sidegate.json"] * 3
+    assert decode(published.data, plane.bundles.keys.believed).profile.server.port == 3
 
 
 async def test_wait_ends_when_the_pod_is_gone(plane: Plane) -> None:

@@ -136,7 +136,7 @@ async def test_bundle_says_up_to_which_change_it_reflects_the_cluster() -> None:
         await cluster.compiled()
         entry = cluster.entry()
         assert entry.published is not None
-        cluster.bundles.signed(entry, entry.published)
+        await cluster.bundles.signed(entry, entry.published)
         stamps.append((entry.published.revision, entry.published.stamp.sequence))
 
     await stamp()
@@ -175,7 +175,7 @@ async def test_bundle_that_could_not_be_renewed_does_not_grow_newer() -> None:
     cluster.controller.apply_pods(Bookmark("200"))
     entry = cluster.entry()
     assert entry.published is not None
-    cluster.bundles.signed(entry, entry.published)
+    await cluster.bundles.signed(entry, entry.published)
 
     assert (cluster.bundles.floor, entry.published.stamp.sequence) == (200, 0)
 

@@ -13,7 +13,7 @@ from sidecar.core.projection import Projection
 from sidecar.core.rego import RegoEngine
 from tests.parts import part
 from tests.sidecar.questions import SERVER, a_question
-from webhook.core.compile import Compiled, Policies
+from webhook.core.compile import Compiled, Data, Policies
 from webhook.errors import BadPolicy
 from webhook.shell import opa as opa_module
 from webhook.shell.opa import Opa, Remembering, compiled, files
@@ -30,7 +30,7 @@ def opa() -> Opa:
 
 def rego(text: str, **data: Any) -> Policies:
     """Return policies of one Rego file."""
-    return Policies(rego={"p.rego": text}, data=data)
+    return Policies(rego={"p.rego": text}, data=Data(data))
 
 
 @pytest.mark.parametrize("default", ["default allow = false", "default allow := false"])
