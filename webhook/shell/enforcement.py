@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 PERIOD_S: Final = 5.0
 AGAIN_S: Final = 300.0  # a network's policies are not switched off by the minute
-SOON_S: Final = 10.0  # of a pod that does not answer, as it is starting
+SOON_S: Final = 10.0  # of a pod that is starting, and of one that the network may not have caught up with
 DIAL_S: Final = 2.0  # a pod of the same cluster answers in milliseconds
 MAX_DIALS: Final = 20  # a step
 MAX_PORTS: Final = 16  # of a pod, which may declare thousands; any that answers shows what the network is worth
@@ -102,6 +102,7 @@ class Enforcement:
     async def step(self) -> None:
         """Dial the pods whose time has come, if that is this replica's to do."""
         if not self._leadership.leads:
+            self._count([])
             return
         now_s = asyncio.get_running_loop().time()
         governed = {key: target for key, target in self._targets.items() if self._governs(key[0])}
@@ -116,11 +117,13 @@ class Enforcement:
             if before is None:
                 continue
             is_exposed = answer.result()
-            wait_s = SOON_S if is_exposed is None else AGAIN_S
+            wait_s = AGAIN_S if is_exposed is False else SOON_S
             self._targets[key] = replace(before, due_s=now_s + wait_s, is_exposed=is_exposed)
             if is_exposed and not before.is_exposed:
                 log.error(EXPOSED, extra={"pod": "/".join(key)})
-        found = [self._targets[key].is_exposed for key in governed if key in self._targets]
+        self._count([self._targets[key].is_exposed for key in governed if key in self._targets])
+
+    def _count(self, found: list[bool | None]) -> None:
         self._metrics.remapped_pods.labels("exposed").set(found.count(True))
         self._metrics.remapped_pods.labels("closed").set(found.count(False))
         self._metrics.remapped_pods.labels("unknown").set(found.count(None))

@@ -150,6 +150,32 @@ async def test_a_pod_that_was_starting_is_dialled_again_soon(monkeypatch: pytest
     assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
 
 
+async def test_an_exposed_pod_is_dialled_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network takes some seconds to enforce what holds for a new pod; an alert for minutes would be about nothing."""
+    monkeypatch.setattr(enforcement_module, "SOON_S", 0.0)
+    async with listener() as health:
+        enforcement, metrics = an_enforcement(health)
+        async with listener() as app:
+            enforcement.apply(Listed([a_pod(app)], "1"))
+            await enforcement.step()
+            assert counted(metrics)["exposed"] == 1
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
+
+
+async def test_who_leads_no_more_counts_nothing() -> None:
+    """Another replica does; the sum over both is the number of pods."""
+    async with listener() as health, listener() as app:
+        enforcement, metrics = an_enforcement(health)
+        enforcement.apply(Listed([a_pod(app)], "1"))
+        await enforcement.step()
+        enforcement._leadership._until_s = 0.0
+        await enforcement.step()
+
+    assert counted(metrics) == {"closed": 0, "exposed": 0, "unknown": 0}
+
+
 async def test_only_pods_that_can_be_dialled_count() -> None:
     """None without an address or a port, none that is gone, and none while another replica leads."""
     async with listener() as health, listener() as app:
