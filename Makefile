@@ -74,7 +74,7 @@ test: $(READY)
 
 # What decides about pods and changes them: nothing of it may go untried.
 INJECTION = webhook/core/annotations.py,webhook/core/bounds.py,webhook/core/container.py,webhook/core/injection.py,webhook/core/obstacles.py,$\
-  webhook/core/patch.py,webhook/core/pod.py,webhook/core/probes.py,webhook/core/quantity.py,webhook/core/relay.py
+  webhook/core/patch.py,webhook/core/placement.py,webhook/core/pod.py,webhook/core/probes.py,webhook/core/quantity.py,webhook/core/relay.py
 
 e2e: $(READY)
 	test "$$(id -u)" = 0 || { echo "make: error: e2e starts a cluster in namespaces of its own, and needs root; hint: sudo make e2e" >&2; exit 1; }

@@ -188,6 +188,11 @@ class Settings:
     server_cpu_limit: int = setting_of(quantity.parse_cpu, "CPU that it may use.", default=2000)
     server_memory: int = setting_of(quantity.parse_memory, "Memory reserved for it.", default=128 * 2**20)
     server_memory_limit: int = setting_of(quantity.parse_memory, "Memory that it may use.", default=2 * 2**30)
+    placement: Literal["warn", "enforce"] = setting_of(
+        _one_of("warn", "enforce"),
+        "What becomes of servers that share a pod or a namespace: their authors are warned, or they are refused.",
+        default="warn",
+    )
     sidecar_log_level: str = setting_of(
         _one_of(*LogLevel), "Least severe log record that sidecars write.", default="info"
     )
@@ -349,6 +354,7 @@ def template(settings: Settings, version: str, bundle_keys: str) -> Template:
             memory_limit_bytes=settings.sidecar_memory_limit,
         ),
         server_limits=settings.server_limits,
+        placement=settings.placement,
         server_amounts=Amounts(
             cpu_m=settings.server_cpu,
             cpu_limit_m=settings.server_cpu_limit,

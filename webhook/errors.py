@@ -20,6 +20,7 @@ class DenyCode(StrEnum):
     COMMAND_UNKNOWN = "command_unknown"  # of a stdio server; the image's own is not seen at admission
     PORT_UNRESOLVED = "port_unresolved"  # a probe names a port that its container does not have
     LIMITS_MISSING = "limits_missing"  # of a server's container, where the cluster requires them
+    PLACE_SHARED = "place_shared"  # another server in the pod or its namespace, where the cluster forbids it
     ROLE_CONFLICT = "role_conflict"  # agent and server at once
     AGENT_WITHOUT_SERVERS = "agent_without_servers"  # no profile says which servers an agent calls
     PROXY_TAKEN = "proxy_taken"  # the application has a proxy of its own, where capture needs the variable

@@ -45,6 +45,10 @@ class World:
         """Return the template."""
         return self.made
 
+    def servers(self, namespace: str) -> frozenset[str]:  # noqa: ARG002 - the protocol's
+        """Return none."""
+        return frozenset()
+
     def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:  # noqa: ARG002 - the protocol's
         """Return the profiles."""
         return self.known

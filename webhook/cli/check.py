@@ -199,7 +199,10 @@ class Checks:
             for each in report.problems
             if not each.startswith("Pod ")
         ]
-        return findings or [Finding("pods", Level.OK, f"{len(report.pods)} pods should be governed, and are")]
+        findings = findings or [Finding("pods", Level.OK, f"{len(report.pods)} pods should be governed, and are")]
+        return findings + [
+            Finding("placement", Level.WARN, each, "docs/explanation/placement.md") for each in report.places
+        ]
 
     async def _deployments(self) -> list[JSON]:
         return await self._kube.list_all("/apis/apps/v1/deployments", status.CONTROL_PLANE)

@@ -21,7 +21,8 @@ import msgspec
 from sidecar import __version__
 from sidecar.config import HEALTH_PORT
 from webhook.cli import kubeconfig
-from webhook.core import resources, survey
+from webhook.core import preflight, resources, survey
+from webhook.core.evidence import Origin, repository
 from webhook.core.injection import INJECTION_LABEL, policy_of
 from webhook.core.pod import JSON
 from webhook.core.survey import Counts, Live, State, Surveyed
@@ -48,6 +49,7 @@ class Report:
     namespaces: list[Counts] = field(default_factory=list)
     pods: list[Surveyed] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)  # that servers share
     unknown: list[str] = field(default_factory=list)
 
     @property
@@ -84,18 +86,26 @@ async def _gather(options: argparse.Namespace) -> Report:
 
 async def gather(kube: Kube, *, namespace: str | None, asks: bool) -> Report:
     """Return the state of *namespace*, or of every labelled one. Raises KubeError."""
-    version = await _control_plane(kube)
+    deployments = await _deployments(kube)
+    version = _version(deployments)
     report = Report(control_plane=version or "not found")
+    origin, excluded = _origin(deployments), _excluded(deployments)
     for each in await _namespaces(kube, namespace):
         name, labels = each["metadata"]["name"], each["metadata"].get("labels") or {}
+        if namespace is None and name in excluded:
+            continue
         prefix = f"/apis/sidegate.dev/{resources.VERSION}/namespaces/{name}"
         profiles = _profiles(await kube.list_all(f"{prefix}/{resources.SERVER_PROFILE.plural}"), report)
         found = await kube.list_all(f"/api/v1/namespaces/{name}/pods")
-        surveyed = list(survey.survey(found, policy_of(labels), profiles))
+        policy = None if name in excluded else policy_of(labels)
+        surveyed = list(survey.survey(found, policy, profiles, origin))
         if asks:
             surveyed = await _ask(kube, surveyed)
         report.pods.extend(surveyed)
-        report.namespaces.append(survey.counts(name, labels, surveyed))
+        line = survey.counts(name, labels, surveyed)
+        report.namespaces.append(line)
+        report.places.extend(survey.shared_places(line, surveyed))
+        report.problems.extend(await _missed(kube, name, found, report))
         for kind in (resources.SERVER_PROFILE, resources.POLICY, resources.LIMIT):
             await _look_at(kube, f"{prefix}/{kind.plural}", kind.name, report)
         if policy_of(labels) is None and INJECTION_LABEL in labels:
@@ -120,14 +130,49 @@ async def _namespaces(kube: Kube, namespace: str | None) -> list[JSON]:
     return [found]
 
 
-async def _control_plane(kube: Kube) -> str | None:
-    """Return the version of the control plane, None when none is to be seen."""
+async def _deployments(kube: Kube) -> list[JSON]:
+    """Return those of control planes; none when they may not be seen."""
     try:
-        found = await kube.list_all("/apis/apps/v1/deployments", CONTROL_PLANE)
+        return await kube.list_all("/apis/apps/v1/deployments", CONTROL_PLANE)
     except KubeError:
-        return None
-    versions = sorted({str(each["metadata"]["labels"].get("app.kubernetes.io/version")) for each in found})
+        return []
+
+
+def _version(deployments: Iterable[JSON]) -> str | None:
+    versions = sorted({str(each["metadata"]["labels"].get("app.kubernetes.io/version")) for each in deployments})
     return ", ".join(versions) or None
+
+
+def _origin(deployments: Sequence[JSON]) -> Origin:
+    """Return whose sidecars are ours, by the settings of the control planes; what one does not say is not compared."""
+    images = [preflight.environment([each], "SIDEGATE_IMAGE") for each in deployments]
+    identities = [preflight.environment([each], "SIDEGATE_CONTROL_PLANE_ID") for each in deployments]
+    return Origin(
+        repositories=frozenset(repository(each) for each in images if each) if all(images) else frozenset(),
+        control_planes=frozenset(each for each in identities if each) if all(identities) else frozenset(),
+    )
+
+
+def _excluded(deployments: Sequence[JSON]) -> frozenset[str]:
+    """Return the namespaces that every control plane leaves alone; its own is one."""
+    left_alone = [
+        {
+            *(preflight.environment([each], "SIDEGATE_EXCLUDED_NAMESPACES") or "").split(","),
+            each["metadata"]["namespace"],
+        }
+        for each in deployments
+    ]
+    return frozenset(set.intersection(*left_alone)) if left_alone else frozenset()
+
+
+async def _missed(kube: Kube, namespace: str, found: Sequence[JSON], report: Report) -> list[str]:
+    """Return the Services that lead past sidecars."""
+    try:
+        services = await kube.list_all(f"/api/v1/namespaces/{namespace}/services")
+    except KubeError as error:
+        report.unknown.append(f"Services of namespace {namespace}: {error}")
+        return []
+    return list(survey.missed_services(services, found))
 
 
 def _profiles(items: Iterable[JSON], report: Report) -> Mapping[str, resources.ServerProfileSpec]:
@@ -196,18 +241,18 @@ def lines(report: Report) -> Iterable[str]:
         yield f"no namespace is labelled; govern one with: kubectl label namespace NAME {INJECTION_LABEL}=enabled"
     else:
         yield ""
-        head = ("NAMESPACE", "POLICY", "EXPECTED", "GOVERNED", "STARTING", "GUARANTEE", "VERSION")
-        rows = (
-            (each.namespace, each.policy, *map(str, (each.expected, each.governed, each.starting)), each.guarantees, each.versions)
-            for each in report.namespaces
-        )  # fmt: skip
-        yield from _table(head, rows)
+        head = ("NAMESPACE", "POLICY", "EXPECTED", "GOVERNED", "STARTING", "SERVERS", "GUARANTEE", "VERSION")
+        yield from _table(head, map(_line, report.namespaces))
     if report.pods:
         yield ""
         yield from _table(
             ("POD", "STATE", "GUARANTEE", "VERSION", "BUNDLE", "CONFIRMED", "SVID LEFT"), map(_row, report.pods)
         )
-    for title, texts in (("problems", report.problems), ("not to be known from here", report.unknown)):
+    for title, texts in (
+        ("problems", report.problems),
+        ("shared places", report.places),
+        ("not to be known from here", report.unknown),
+    ):
         if texts:
             yield f"\n{title}:"
             yield from (f"  {text}" for text in texts)
@@ -215,6 +260,11 @@ def lines(report: Report) -> Iterable[str]:
         f"{report.ungoverned} not governed that should be" if report.ungoverned else "all that should be governed is"
     )
     yield f"\n{verdict}"
+
+
+def _line(each: Counts) -> tuple[str, ...]:
+    numbers = map(str, (each.expected, each.governed, each.starting, len(each.servers)))
+    return each.namespace, each.policy, *numbers, each.guarantees, each.versions
 
 
 def _row(each: Surveyed) -> tuple[str, ...]:

@@ -87,6 +87,7 @@ class Template:
     amounts: Amounts
     server_limits: Literal["default", "require", "off"] = "off"  # of the application's containers, without their own
     server_amounts: Amounts = SERVER_AMOUNTS
+    placement: Literal["warn", "enforce"] = "warn"  # of servers that share a pod or a namespace
 
     @property
     def hash(self) -> str:

@@ -8,13 +8,13 @@ and the offline renderer; it makes no call.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
 from sidecar.config import Capture, Role
-from webhook.core import annotations, bounds, container, obstacles, patch, probes, quantity, relay
+from webhook.core import annotations, bounds, container, obstacles, patch, placement, probes, quantity, relay
 from webhook.core import pod as pods
 from webhook.core.annotations import GROUP, Overrides
 from webhook.core.container import Plan, Template
@@ -106,13 +106,15 @@ def decide(
     profiles: Mapping[str, ServerProfileSpec],
     template: Template,
     nonce: str,
+    servers: Collection[str] = (),
 ) -> Decision:
     """Return what becomes of the pod *raw*, to be created in *namespace* with the profiles *profiles*.
 
-    *nonce* is what nobody can guess; the token of the pod's hooks is made of it, unless the pod brings one.
+    *nonce* is what nobody can guess; the token of the pod's hooks is made of it, unless the pod brings one. *servers*
+    are in the namespace already, as far as that is known.
     """
     try:
-        return _decide(raw, namespace, policy, profiles, template, nonce)
+        return _decide(raw, namespace, policy, profiles, template, nonce, servers)
     except Denial as denial:
         return Deny(code=denial.code, message=str(denial))
 
@@ -124,6 +126,7 @@ def _decide(
     profiles: Mapping[str, ServerProfileSpec],
     template: Template,
     nonce: str,
+    servers: Collection[str],
 ) -> Decision:
     if policy is None:
         return Skip(reason=SkipReason.NAMESPACE_NOT_LABELLED)
@@ -147,7 +150,7 @@ def _decide(
     if is_agent:
         injection, plan, bare = _plan_agent(raw, seen, profile, template, warnings)
     else:
-        injection, plan, bare = _plan(raw, seen, profile, template, nonce, warnings)
+        injection, plan, bare = _plan(raw, seen, profile, template, nonce, servers, warnings)
     _refuse_decoys(seen, raw, injection)
     mutated = patch.mutate(bare, injection)
     return Inject(
@@ -178,10 +181,16 @@ def _left_alone(seen: Pod, reason: SkipReason) -> Skip:
 
 
 def _plan(
-    raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, nonce: str, warnings: list[str]
+    raw: JSON,
+    seen: Pod,
+    profile: ServerProfileSpec | None,
+    template: Template,
+    nonce: str,
+    servers: Collection[str],
+    warnings: list[str],
 ) -> tuple[patch.Injection, Plan, JSON]:
     """Return what to put in, how it was decided, and the pod without anything of ours. Raises Denial."""
-    bare_raw, bare = _bare(raw, seen)
+    bare_raw, bare = take_apart(raw, seen)
     bounded = bounds.bounded(bare_raw, bare, template)
     if bounded is not bare_raw:
         bare_raw, bare = bounded, pods.read(bounded)
@@ -202,6 +211,7 @@ def _plan(
     move = _port_move(bare, port) if capture is Capture.REMAP and not is_stdio else None
     if capture is Capture.REMAP:
         warnings.extend(_remap_warnings(bare, None if is_stdio else port, move))
+    warnings.extend(placement.judge(bare, servers, template.placement))
     warnings.extend(obstacles.warnings(bare, capture, Role.SERVER, template))
     plan = Plan(
         workload=pods.workload(bare).name,
@@ -226,8 +236,8 @@ def _plan(
     return injection, plan, bare_raw
 
 
-def _bare(raw: JSON, seen: Pod) -> tuple[JSON, Pod]:
-    """Return the pod without anything of ours. Raises Denial for what cannot be governed."""
+def take_apart(raw: JSON, seen: Pod) -> tuple[JSON, Pod]:
+    """Return the pod *raw*, of which *seen* is the view, without anything of ours; raises Denial for ours elsewhere."""
     _refuse_misplaced(seen)
     try:
         bare_raw = patch.restore(raw)
@@ -258,7 +268,7 @@ def _plan_agent(
     raw: JSON, seen: Pod, profile: ServerProfileSpec | None, template: Template, warnings: list[str]
 ) -> tuple[patch.Injection, Plan, JSON]:
     """Return the same for an agent: nothing of its own inbound side is touched. Raises Denial."""
-    bare_raw, bare = _bare(raw, seen)
+    bare_raw, bare = take_apart(raw, seen)
     if profile is None or profile.agent is None:
         raise Denial(
             DenyCode.AGENT_WITHOUT_SERVERS,

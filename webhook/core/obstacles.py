@@ -65,9 +65,6 @@ def warnings(bare: Pod, capture: Capture, role: Role, template: Template) -> Ite
                 f"containers {names[:64]}: root with SETUID can become user {USER_ID} and pass the capture by; "
                 "set runAsNonRoot and drop capabilities"
             )
-    listening = [each.name for each in spec.containers if each.ports and each.name not in _PROXIES]
-    if role is Role.SERVER and len(listening) > 1:
-        yield f"containers {', '.join(listening)[:64]}: on loopback they call each other unjudged; one server to a pod"
     if spec.dns_policy in _DNS:
         host = template.sidecar.control_plane.removeprefix("https://")
         yield f"dnsPolicy {spec.dns_policy}: the sidecar starts only if the pod's resolver knows {host}"

@@ -167,6 +167,12 @@ def read(raw: Any) -> Pod:
         raise Denial(DenyCode.MALFORMED, f"pod: {error}") from error
 
 
+def is_over(raw: JSON) -> bool:
+    """Say whether the pod *raw*, as the API server has it, does nothing any more, or is on its way out."""
+    phase = (raw.get("status") or {}).get("phase")
+    return phase in ("Succeeded", "Failed") or bool(raw["metadata"].get("deletionTimestamp"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What a pod belongs to; itself when nothing owns it."""

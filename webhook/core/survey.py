@@ -1,7 +1,8 @@
 """What a cluster's pods are, beside what they should be: the facts behind `sidegate status`.
 
-A pod should be governed if the webhook would inject it today; it is governed if our native sidecar is in it, whatever
-its labels and annotations claim. Reads what the API server holds, and adds what sidecars say of themselves.
+A pod should be governed if the webhook would inject it today; it is governed if our native sidecar is in it, and nothing
+in the pod speaks against its being our work (evidence.py), whatever its labels and annotations claim. Reads what the API
+server holds, and adds what sidecars say of themselves.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,16 +12,17 @@ from typing import Any, Final
 
 import msgspec
 
-from webhook.core import annotations, container
+from sidecar.config import INBOUND_PORT, Capture
+from webhook.core import annotations, container, placement
 from webhook.core import pod as pods
 from webhook.core.effective import is_agent, select_profile
+from webhook.core.evidence import Origin, doubt
 from webhook.core.injection import SERVER_LABEL, NamespacePolicy, policy_of
 from webhook.core.pod import JSON
 from webhook.core.resources import ServerProfileSpec
 from webhook.errors import Denial
 
 MIRROR: Final = "kubernetes.io/config.mirror"
-OVER: Final = ("Succeeded", "Failed")  # phases of pods that do nothing any more
 
 
 class State(StrEnum):
@@ -48,6 +50,8 @@ class Surveyed(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     workload: str
     state: State
+    server: str = ""  # which MCP server it is of; "": an agent
+    listening: tuple[str, ...] = ()  # containers that say so
     guarantee: str = "none"
     version: str = ""
     control_plane: str = ""
@@ -66,42 +70,60 @@ class Counts:
     starting: int
     guarantees: str
     versions: str
+    servers: tuple[str, ...] = ()  # that share the namespace
 
 
 def survey(
-    found: Iterable[JSON], policy: NamespacePolicy | None, profiles: Mapping[str, ServerProfileSpec]
+    found: Iterable[JSON],
+    policy: NamespacePolicy | None,
+    profiles: Mapping[str, ServerProfileSpec],
+    origin: Origin,
 ) -> Iterator[Surveyed]:
-    """Yield every pod of a namespace that is alive and should have the sidecar, or has it."""
+    """Yield every pod of a namespace that is alive and should have the sidecar, or has it; *origin* says whose is ours."""
     for raw in found:
-        status = raw.get("status") or {}
-        if status.get("phase") in OVER or raw["metadata"].get("deletionTimestamp"):
+        if pods.is_over(raw):
             continue
-        judged = _pod(raw, policy, profiles)
+        judged = _pod(raw, policy, profiles, origin)
         if judged.state is not State.EXEMPT:
             yield judged
 
 
-def _pod(raw: JSON, policy: NamespacePolicy | None, profiles: Mapping[str, ServerProfileSpec]) -> Surveyed:
+def _pod(
+    raw: JSON, policy: NamespacePolicy | None, profiles: Mapping[str, ServerProfileSpec], origin: Origin
+) -> Surveyed:
     metadata = raw["metadata"]
-    try:
-        workload = pods.workload(pods.read(raw)).name
-    except Denial:
-        workload = metadata["name"]
+    seen = _named(raw)
     is_wanted, why = expected(metadata, policy, profiles)
     if not _has_sidecar(raw):
-        state = State.UNGOVERNED if is_wanted else State.EXEMPT
-        return Surveyed(namespace=metadata["namespace"], name=metadata["name"], workload=workload, state=state, why=why)
+        return msgspec.structs.replace(seen, state=State.UNGOVERNED if is_wanted else State.EXEMPT, why=why)
+    if reason := doubt(raw, origin):
+        return msgspec.structs.replace(seen, state=State.UNGOVERNED, why=f"it looks so: {reason}")
     said = _status(metadata)
     is_ready, waiting = _sidecar_state(raw)
-    return Surveyed(
-        namespace=metadata["namespace"],
-        name=metadata["name"],
-        workload=workload,
+    return msgspec.structs.replace(
+        seen,
         state=State.GOVERNED if is_ready else State.STARTING,
         guarantee=str(said.get("guarantee") or "unknown"),
         version=str(said.get("version") or "unknown"),
         control_plane=str(said.get("revision") or "unknown"),
         why=waiting,
+    )
+
+
+def _named(raw: JSON) -> Surveyed:
+    """Return what is known of any pod, before it is judged."""
+    namespace, name = raw["metadata"]["namespace"], raw["metadata"]["name"]
+    try:
+        view = pods.read(raw)
+    except Denial:
+        return Surveyed(namespace=namespace, name=name, workload=name, state=State.EXEMPT, server=f"Pod {name}")
+    return Surveyed(
+        namespace=namespace,
+        name=name,
+        workload=pods.workload(view).name,
+        state=State.EXEMPT,
+        server=placement.server_of(view),
+        listening=tuple(placement.listening(view)),
     )
 
 
@@ -164,7 +186,41 @@ def counts(namespace: str, labels: Mapping[str, str], surveyed: Iterable[Surveye
         starting=sum(each.state is State.STARTING for each in known),
         guarantees=",".join(sorted({each.guarantee for each in injected})) or "-",
         versions=",".join(sorted({each.version for each in injected})) or "-",
+        servers=tuple(sorted({each.server for each in known if each.server})),
     )
+
+
+def shared_places(line: Counts, surveyed: Iterable[Surveyed]) -> Iterator[str]:
+    """Yield what to say of servers of the namespace *line* that share it, or a pod, with others."""
+    if len(line.servers) > 1:
+        yield (
+            f"Namespace {line.namespace}: {len(line.servers)} MCP servers, {placement.shown_of(line.servers)}: "
+            "they share its service accounts; give each a namespace of its own"
+        )
+    crowded = {each.server: each.listening for each in surveyed if each.server and len(each.listening) > 1}
+    for server, names in sorted(crowded.items()):
+        yield f"Namespace {line.namespace}: {server}: containers {', '.join(names)} listen in one pod; one server to a pod"
+
+
+def missed_services(services: Iterable[JSON], found: Iterable[JSON]) -> Iterator[str]:
+    """Yield which of *services* lead past the sidecars of the pods *found*: in mode remap, a number means the old port."""
+    remapped = [
+        each["metadata"]["labels"]
+        for each in found
+        if not pods.is_over(each) and (each["metadata"].get("labels") or {}).get(annotations.CAPTURED) == Capture.REMAP
+    ]
+    for service in services:
+        selector = service["spec"].get("selector") or {}
+        if not selector or not any(selector.items() <= labels.items() for labels in remapped):
+            continue
+        for port in service["spec"].get("ports") or ():
+            target = port.get("targetPort", port["port"])
+            if isinstance(target, int) and target != INBOUND_PORT and port.get("protocol", "TCP") == "TCP":
+                where = f"Service {service['metadata']['namespace']}/{service['metadata']['name']}"
+                yield (
+                    f"{where}: targetPort {target} is not the sidecar's, and closed in capture mode remap; "
+                    f"use the name of the server's port, or {INBOUND_PORT}"
+                )
 
 
 def parse_live(text: str, now_s: float) -> Live:

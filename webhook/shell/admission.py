@@ -11,7 +11,7 @@ import base64
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -46,6 +46,10 @@ class World(Protocol):
 
     def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:
         """Return the profiles of *namespace* by name. Raises NotReady, BadResource."""
+        ...
+
+    def servers(self, namespace: str) -> Collection[str]:
+        """Return the MCP servers that are in *namespace* already, as far as that is known."""
         ...
 
 
@@ -114,6 +118,7 @@ def judge(request: Request, policy: NamespacePolicy, world: World) -> Decision:
         profiles=world.profiles(request.namespace),
         template=world.template(),
         nonce=request.uid,  # a random UUID of the API server's
+        servers=world.servers(request.namespace),
     )
 
 

@@ -12,7 +12,7 @@ import logging
 import socket
 import ssl
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from aiohttp import web
@@ -24,6 +24,7 @@ from sidecar.config import Capture
 from sidecar.core.keyring import pem_of
 from webhook.config import Settings, defaults, surroundings, template
 from webhook.core.container import Template
+from webhook.core.evidence import Origin, repository
 from webhook.core.injection import SERVER_LABEL, Inject, NamespacePolicy, decide
 from webhook.core.pod import JSON
 from webhook.core.reports import Reports
@@ -102,6 +103,10 @@ class App:
             raise NotReady("no key to sign bundles yet")
         return self._controller.profiles(namespace)
 
+    def servers(self, namespace: str) -> Collection[str]:
+        """Return the MCP servers that are in *namespace* already, as far as that is known."""
+        return () if self._controller is None else self._controller.servers(namespace)
+
     def problems(self) -> list[str]:
         """Return why this replica is not ready; nothing when it is."""
         problems = []
@@ -174,6 +179,7 @@ class App:
             leads=lambda: self._leadership.leads and controller.is_synced,
             profiles=controller.profiles,
             excluded=self.template().excluded_namespaces,
+            origin=Origin(repositories=frozenset({repository(self._settings.image)})),
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(external.run(), name="external")

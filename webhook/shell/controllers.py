@@ -21,7 +21,8 @@ from webhook.core import pod as pods
 from webhook.core.annotations import INJECTED
 from webhook.core.compile import Policies, key_of
 from webhook.core.effective import Defaults, Effective, NamespaceResources, combine
-from webhook.core.pod import JSON, Pod
+from webhook.core.placement import Occupants
+from webhook.core.pod import JSON, Pod, is_over
 from webhook.core.resources import (
     BundleSpec,
     ClusterPolicySpec,
@@ -200,6 +201,7 @@ class Controller:
         self._catalogue = Catalogue()
         self._pods: dict[PodKey, Tracked] | None = None
         self._seen = Seen([PODS, *(kind.plural for kind in resources.KINDS)])
+        self._occupants = Occupants()
         self._versions: dict[PodKey, int] = {}  # at which a pod was last changed, as far as its bundle goes
         self._is_compiling = False
         self._alike: dict[bytes, tuple[Published, PodState]] = {}  # what pods get that differ by name; until a change
@@ -226,6 +228,10 @@ class Controller:
     def providers(self) -> Mapping[str, IdentityProviderSpec]:
         """Return the identity providers. Raises BadResource."""
         return self._catalogue.providers()
+
+    def servers(self, namespace: str) -> frozenset[str]:
+        """Return the MCP servers that *namespace* holds, as far as pods are known."""
+        return self._occupants.servers(namespace)
 
     @property
     def states(self) -> Mapping[PodKey, PodState]:
@@ -281,12 +287,15 @@ class Controller:
         known = self._pods or {}
         seen: dict[PodKey, Tracked] = {}
         gone: set[PodKey] = set()
+        over: set[PodKey] = set()
         match change:
             case Listed(items):
                 seen = {_key(item): _tracked(item) for item in items}
+                over = {_key(item) for item in items if is_over(item)}
                 gone = known.keys() - seen.keys()
             case Put(item):
                 seen = {_key(item): _tracked(item)}
+                over = {_key(item)} if is_over(item) else set()
             case Gone(item):
                 gone = {_key(item)}
             case Bookmark():
@@ -301,8 +310,10 @@ class Controller:
             for known_of in (self._failing, self._states, self._sources, self._versions):
                 known_of.pop(pod, None)
             self._bundles.forget(pod)
+            self._occupants.remove(*pod)
         for pod, tracked in seen.items():
             self._bundles.track(pod, tracked.service_account)
+            self._occupants.put(*pod, tracked.pod, is_over=pod in over)
         self._pods = known
         self._metrics.bundle_pods.set(len(self._bundles))
         self._mark(changed)

@@ -99,6 +99,12 @@ class Metrics:
             ["namespace", "state"],
             registry=self.registry,
         )
+        self.servers = Gauge(
+            "sidegate_servers",
+            "MCP servers of labelled namespaces; each should have one of its own. Known to the replica that leads.",
+            ["namespace"],
+            registry=self.registry,
+        )
         self.pods_counted = Gauge(
             "sidegate_pods_counted_timestamp_seconds", "When they were counted, in Unix time.", registry=self.registry
         )

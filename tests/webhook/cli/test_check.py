@@ -105,6 +105,16 @@ async def test_what_is_wrong_fails_with_what_to_do(typed: Any, capsys: pytest.Ca
     }
 
 
+async def test_servers_that_share_a_namespace_are_a_warning(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a failure: it is for the cluster's operator to enforce."""
+    async with a_cluster(a_pod(), a_pod("other")) as server:
+        install(server)
+        assert await typed(server, "check") == 0
+
+    assert "warn  placement" in (said := capsys.readouterr().out)
+    assert "Namespace shop: 2 MCP servers, Pod ledger-0, Pod other" in said
+
+
 async def test_what_may_not_be_read_is_said(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """No guess, and no failure of the verb: whoever may, asks."""
     async with a_cluster() as server:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sidecar.config import Capture
 from tests.webhook.core.test_survey import a_pod
 from tests.webhook.kube_server import KubeServer, kubeconfig
 from webhook.cli.__main__ import main
@@ -33,6 +34,7 @@ async def a_cluster(
     known = {"sidegate.dev/injection": "enabled"} if labels is None else labels
     server.put("/api/v1/namespaces", {"metadata": {"name": "shop", "labels": known}})
     server.objects["/api/v1/namespaces/shop/pods"] = {}
+    server.objects["/api/v1/namespaces/shop/services"] = {}
     for each in pods:
         server.put("/api/v1/namespaces/shop/pods", each)
         path = f"/api/v1/namespaces/shop/pods/{each['metadata']['name']}:15020/proxy/metrics"
@@ -44,7 +46,11 @@ async def a_cluster(
         is_cluster = kind in (resources.CLUSTER_POLICY, resources.IDENTITY_PROVIDER)
         server.objects[f"{API}/{kind.plural}" if is_cluster else f"{API}/namespaces/shop/{kind.plural}"] = {}
     labels = {"app.kubernetes.io/version": version}
-    deployment = {"metadata": {"name": "sidegate", "namespace": "sidegate-system", "labels": labels}}
+    env = [{"name": "SIDEGATE_IMAGE", "value": "registry.example/sidegate/sidecar:1.0"}]
+    deployment = {
+        "metadata": {"name": "sidegate", "namespace": "sidegate-system", "labels": labels},
+        "spec": {"template": {"spec": {"containers": [{"name": "c", "env": env}]}}},
+    }
     server.put("/apis/apps/v1/deployments", deployment)
     async with server.running():
         yield server
@@ -69,8 +75,17 @@ async def test_all_is_governed(typed: Any, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().out.splitlines()
 
     assert said[0].startswith("control plane: 1.0   this program: ")
-    assert said[2].split() == ["NAMESPACE", "POLICY", "EXPECTED", "GOVERNED", "STARTING", "GUARANTEE", "VERSION"]
-    assert said[3].split() == ["shop", "optional", "1", "1", "0", "redirect", "1.0"]
+    assert said[2].split() == [
+        "NAMESPACE",
+        "POLICY",
+        "EXPECTED",
+        "GOVERNED",
+        "STARTING",
+        "SERVERS",
+        "GUARANTEE",
+        "VERSION",
+    ]
+    assert said[3].split() == ["shop", "optional", "1", "1", "0", "1", "redirect", "1.0"]
     assert said[6].split()[:6] == ["shop/ledger-0", "governed", "redirect", "1.0", "0123456789ab", "5s"]
     assert said[6].split()[-1] == "50m"
     assert "not to be known from here:" in said
@@ -113,6 +128,50 @@ async def test_what_is_not_well_is_listed(typed: Any, capsys: pytest.CaptureFixt
     assert "Pod shop/starting: the sidecar is not ready" in said
     assert "MCPPolicy shop/p: Compiled=False: p.cedar:1:1: no" in said
     assert "MCPServerProfile shop/q: spec: Expected `object`, got `int`" in said
+
+
+async def test_shared_places_and_services_that_miss_are_listed(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither makes the verb fail; Services that may not be read are said to be unknown."""
+    labels = {"sidegate.dev/server": "true", "app": "ledger"}
+    pods = (a_pod(capture=Capture.REMAP, labels=labels), a_pod("other"))
+    service = {
+        "metadata": {"namespace": "shop", "name": "ledger"},
+        "spec": {"selector": {"app": "ledger"}, "ports": [{"port": 80, "targetPort": 8080}]},
+    }
+    async with a_cluster(*pods) as server:
+        server.put("/api/v1/namespaces/shop/services", service)
+        assert await typed(server, "status") == 0
+        said = capsys.readouterr().out
+        del server.objects["/api/v1/namespaces/shop/services"]
+        assert await typed(server, "status") == 0
+
+    assert "Service shop/ledger: targetPort 8080 is not the sidecar's" in said
+    assert "shared places:\n  Namespace shop: 2 MCP servers, Pod ledger-0, Pod other" in said
+    assert "Services of namespace shop: 404" in capsys.readouterr().out
+
+
+async def test_a_sidecar_of_another_image_is_not_governed(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which are ours, the control plane's settings say."""
+    planted = a_pod()
+    planted["spec"]["initContainers"][-1]["image"] = "registry.example/tenant/sidecar:1"
+    async with a_cluster(planted) as server:
+        assert await typed(server, "status") == 1
+
+    assert (
+        "not governed, although it looks so: container sidegate: image registry.example/tenant"
+        in capsys.readouterr().out
+    )
+
+
+async def test_excluded_namespaces_are_left_out(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever their labels say: the webhook does not look at them."""
+    async with a_cluster(a_pod(sidecar=False)) as server:
+        (deployment,) = server.objects["/apis/apps/v1/deployments"].values()
+        env = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+        env.append({"name": "SIDEGATE_EXCLUDED_NAMESPACES", "value": "kube-system,shop"})
+        assert await typed(server, "status") == 0
+        assert "no namespace is labelled" in capsys.readouterr().out
+        assert await typed(server, "status", "-n", "shop") == 0
 
 
 async def test_json_holds_every_pod(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,13 +72,3 @@ def test_every_warning_fits_what_the_api_server_passes_on() -> None:
 
     assert len(said) == 4
     assert max(map(len, said)) <= 256
-
-
-def test_two_servers_in_one_pod_are_told_apart_by_nobody() -> None:
-    """Whatever listens beside an MCP server reaches it on loopback; an agent's pod may hold what it likes."""
-    ports = [{"containerPort": 8080}]
-    bare = a_pod(containers=[{"name": "app", "ports": ports}, {"name": "beside", "ports": ports}, {"name": "silent"}])
-    (said,) = obstacles.warnings(bare, Capture.REDIRECT, Role.SERVER, TEMPLATE)
-
-    assert said == "containers app, beside: on loopback they call each other unjudged; one server to a pod"
-    assert list(obstacles.warnings(bare, Capture.REMAP, Role.AGENT, TEMPLATE)) == []

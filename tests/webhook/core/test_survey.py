@@ -1,41 +1,47 @@
 """What a pod is, beside what it should be."""
 
-import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.webhook.core.golden_cases import Case, cases
+from sidecar.config import Capture
+from tests.webhook.core.golden_cases import TEMPLATE, Case, cases
 from webhook.core import resources, survey
-from webhook.core.injection import Inject, NamespacePolicy, Skip, SkipReason, policy_of
+from webhook.core.evidence import Origin
+from webhook.core.injection import Inject, NamespacePolicy, Skip, SkipReason, decide, policy_of
 from webhook.core.survey import Live, State
 
 OPTIONAL, ENFORCED, BREAK_GLASS = NamespacePolicy.OPTIONAL, NamespacePolicy.ENFORCED, NamespacePolicy.BREAK_GLASS
+ORIGIN = Origin(repositories=frozenset({"registry.example/sidegate/sidecar"}))
 
 
-def a_pod(name: str = "ledger-0", *, sidecar: bool = True, ready: bool = True, **metadata: Any) -> Any:
-    """Return a pod that is labelled as a server."""
-    said = json.dumps({"version": "1.0", "revision": "default", "guarantee": "redirect"})
-    base = {
-        "name": name,
-        "namespace": "shop",
-        "labels": {"sidegate.dev/server": "true"},
-        "annotations": {"sidegate.dev/status": said},
-    }
+def a_pod(
+    name: str = "ledger-0",
+    *,
+    sidecar: bool = True,
+    ready: bool = True,
+    containers: Any = None,
+    capture: Capture = Capture.REDIRECT,
+    **metadata: Any,
+) -> Any:
+    """Return a pod that is labelled as a server, as the webhook leaves it or as it was before."""
+    app = {"name": "app", "image": "app", "ports": [{"name": "mcp", "containerPort": 8080}]}
+    own = {"labels": {"sidegate.dev/server": "true"}} | metadata
+    pod: Any = {"metadata": {"name": name, "namespace": "shop"} | own, "spec": {"containers": containers or [app]}}
+    if sidecar:
+        template = replace(TEMPLATE, version="1.0", capture=capture, weakest_capture=capture)
+        made = decide(pod, namespace="shop", policy=ENFORCED, profiles={}, template=template, nonce="")
+        assert isinstance(made, Inject), made
+        pod = made.pod
+        pod["metadata"]["annotations"] |= metadata.get("annotations") or {}
     states = [{"name": "sidegate", "ready": ready, "state": {}}]
-    return {
-        "metadata": base | metadata,
-        "spec": {
-            "containers": [{"name": "app"}],
-            "initContainers": [{"name": "sidegate", "restartPolicy": "Always"}] if sidecar else [],
-        },
-        "status": {"phase": "Running", "initContainerStatuses": states if sidecar else []},
-    }
+    return pod | {"status": {"phase": "Running", "initContainerStatuses": states if sidecar else []}}
 
 
 def one(pod: Any, policy: NamespacePolicy | None = OPTIONAL, **profiles: Any) -> survey.Surveyed | None:
     """Return what is found of *pod*."""
-    found = list(survey.survey([pod], policy, profiles))
+    found = list(survey.survey([pod], policy, profiles, ORIGIN))
     return found[0] if found else None
 
 
@@ -132,9 +138,18 @@ def test_pods_that_are_over_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[]", "null"])
-def test_a_status_that_cannot_be_read_is_unknown(text: str) -> None:
-    """Tenants can write it."""
+def test_a_status_that_cannot_be_read_is_not_ours(text: str) -> None:
+    """Nobody can change it on a governed pod, so it was there before the label."""
     found = one(a_pod(annotations={"sidegate.dev/status": text}))
+
+    assert found is not None
+    assert found.state is State.UNGOVERNED
+    assert found.why.startswith("it looks so: container sidegate: ")
+
+
+def test_a_status_that_says_nothing_is_unknown() -> None:
+    """Another version may write less."""
+    found = one(a_pod(annotations={"sidegate.dev/status": "{}"}))
 
     assert found is not None
     assert (found.state, found.guarantee, found.version) == (State.GOVERNED, "unknown", "unknown")
@@ -153,12 +168,104 @@ def test_a_pod_that_cannot_be_read_is_counted() -> None:
 def test_a_namespace_is_one_line() -> None:
     """What is expected, what is there, by what and how old."""
     pods = [a_pod("a"), a_pod("b", ready=False), a_pod("c", sidecar=False)]
-    line = survey.counts("shop", {"sidegate.dev/injection": "enabled"}, survey.survey(pods, OPTIONAL, {}))
+    line = survey.counts("shop", {"sidegate.dev/injection": "enabled"}, survey.survey(pods, OPTIONAL, {}, ORIGIN))
 
     assert (line.policy, line.expected, line.governed, line.starting) == ("optional", 3, 1, 1)
     assert (line.guarantees, line.versions) == ("redirect", "1.0")
     assert survey.counts("shop", {}, ()).policy == "not labelled"
     assert survey.counts("shop", {}, ()).guarantees == "-"
+
+
+def test_a_sidecar_that_is_not_ours_governs_nothing() -> None:
+    """Planted before the namespace was labelled, it is told from ours, whether the pod should have one or not."""
+    planted, unwanted = a_pod(), a_pod(labels={"sidegate.dev/server": "false"})
+    for pod in (planted, unwanted):
+        pod["spec"]["initContainers"][-1]["image"] = "registry.example/tenant/sidecar:1"
+    for found in (one(planted), one(unwanted)):
+        assert found is not None
+        assert (found.state, found.guarantee) == (State.UNGOVERNED, "none")
+        assert found.why == "it looks so: container sidegate: image registry.example/tenant/sidecar:1 is none of ours"
+
+
+def _counted(*pods: Any) -> tuple[survey.Counts, list[survey.Surveyed]]:
+    surveyed = list(survey.survey(pods, OPTIONAL, {}, ORIGIN))
+    return survey.counts("shop", {"sidegate.dev/injection": "enabled"}, surveyed), surveyed
+
+
+def test_servers_that_share_a_namespace_are_named() -> None:
+    """One server with replicas, a canary of its name and an agent is one; another workload is another."""
+    named = {"sidegate.dev/server": "true", "app.kubernetes.io/name": "ledger"}
+    owner = [{"kind": "StatefulSet", "name": "ledger-canary", "controller": True}]
+    agent = a_pod("agent", sidecar=False, labels={"sidegate.dev/agent": "true"})
+    alone = (a_pod("a", labels=named), a_pod("b", labels=named, ownerReferences=owner), agent)
+    line, surveyed = _counted(*alone)
+
+    assert line.servers == ("ledger",)
+    assert list(survey.shared_places(line, surveyed)) == []
+
+    line, surveyed = _counted(*alone, a_pod("other"), a_pod("late", sidecar=False))
+
+    assert line.servers == ("Pod late", "Pod other", "ledger")
+    (said,) = survey.shared_places(line, surveyed)
+    assert said == (
+        "Namespace shop: 3 MCP servers, Pod late, Pod other, ledger: they share its service accounts; "
+        "give each a namespace of its own"
+    )
+
+
+def test_containers_that_listen_in_one_pod_are_named_once() -> None:
+    """However many replicas there are; a helper that is a native sidecar is none of them."""
+    two = [{"name": name, "image": "x", "ports": [{"name": port, "containerPort": number}]}
+           for name, port, number in (("app", "mcp", 8080), ("beside", "metrics", 9090))]  # fmt: skip
+    labels = {"sidegate.dev/server": "true", "app.kubernetes.io/name": "ledger"}
+    line, surveyed = _counted(*(a_pod(name, containers=two, labels=labels) for name in "ab"))
+
+    assert list(survey.shared_places(line, surveyed)) == [
+        "Namespace shop: ledger: containers app, beside listen in one pod; one server to a pod"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("port", "missed"),
+    [
+        ({"port": 80, "targetPort": 8080}, "targetPort 8080 is not the sidecar's"),
+        ({"port": 8080}, "targetPort 8080 is not the sidecar's"),
+        ({"port": 80, "targetPort": "mcp"}, ""),
+        ({"port": 80, "targetPort": 15443}, ""),
+        ({"port": 53, "targetPort": 53, "protocol": "UDP"}, ""),
+    ],
+)
+def test_a_service_that_leads_past_the_sidecar_is_told(port: Any, missed: str) -> None:
+    """In mode remap a number means the application's own port, which is closed; a name has moved to the sidecar."""
+    pod = a_pod(capture=Capture.REMAP, labels={"sidegate.dev/server": "true", "app": "ledger"})
+    service = {
+        "metadata": {"namespace": "shop", "name": "ledger"},
+        "spec": {"selector": {"app": "ledger"}, "ports": [port]},
+    }
+    said = list(survey.missed_services([service], [pod]))
+
+    assert len(said) == bool(missed)
+    assert all(f"Service shop/ledger: {missed}" in each for each in said)
+
+
+def test_services_of_other_pods_are_left_alone() -> None:
+    """One that selects nothing or somebody else; and in mode redirect every port leads to the sidecar."""
+    spec = {"ports": [{"port": 80, "targetPort": 8080}]}
+    metadata = {"namespace": "shop", "name": "x"}
+    selecting = {"metadata": metadata, "spec": spec | {"selector": {"app": "ledger"}}}
+    labels = {"sidegate.dev/server": "true", "app": "ledger"}
+    remapped, over = a_pod(capture=Capture.REMAP, labels=labels), a_pod(capture=Capture.REMAP, labels=labels)
+    over["status"]["phase"] = "Failed"
+
+    assert list(survey.missed_services([selecting], [a_pod(labels=labels), over])) == []
+    assert list(survey.missed_services([{"metadata": metadata, "spec": spec}], [remapped])) == []
+    other = {"metadata": metadata, "spec": spec | {"selector": {"app": "other"}}}
+    assert (
+        list(
+            survey.missed_services([other, {"metadata": metadata, "spec": {"selector": {"app": "ledger"}}}], [remapped])
+        )
+        == []
+    )
 
 
 def test_a_sidecar_tells_its_age_by_metrics() -> None:

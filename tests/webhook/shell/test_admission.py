@@ -40,6 +40,11 @@ class FakeWorld:
         """Return the template of the goldens."""
         return TEMPLATE
 
+    def servers(self, namespace: str) -> frozenset[str]:
+        """Return one other server."""
+        assert namespace == "payments"
+        return frozenset({"Deployment other"})
+
     def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:
         """Return no profile."""
         if self.error:
@@ -96,6 +101,11 @@ class CaseWorld:
         """Return the case's template."""
         return self.case.template
 
+    def servers(self, namespace: str) -> frozenset[str]:
+        """Return no server: the cases are about pods alone."""
+        assert namespace == self.case.namespace["metadata"]["name"]
+        return frozenset()
+
     def profiles(self, namespace: str) -> Mapping[str, ServerProfileSpec]:
         """Return the case's profiles."""
         assert namespace == self.case.namespace["metadata"]["name"]
@@ -144,6 +154,13 @@ async def test_pod_is_patched() -> None:
     assert response["patchType"] == "JSONPatch"
     assert response["auditAnnotations"]["decision"] == "inject"
     assert jsonpatch.apply_patch(POD, patch)["spec"]["initContainers"][1]["name"] == "sidegate"
+
+
+async def test_other_servers_of_the_namespace_are_told() -> None:
+    """As a warning, which whoever creates the pod sees."""
+    response = await reviewed(a_review())
+
+    assert any("another MCP server, Deployment other:" in each for each in response["warnings"])
 
 
 async def test_injected_pod_is_allowed_without_patch() -> None:

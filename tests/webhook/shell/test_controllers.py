@@ -237,6 +237,21 @@ async def test_status_of_a_pod_is_no_reason_to_compile() -> None:
     assert await cluster.compiled() == 0
 
 
+def test_servers_of_a_namespace_are_known() -> None:
+    """Those whose pods are alive, as first listed and as they change."""
+    cluster = Cluster()
+    cluster.listed(a_pod(), a_pod("done") | {"status": {"phase": "Succeeded"}})
+    assert cluster.controller.servers("payments") == {"StatefulSet ledger"}
+    assert cluster.controller.servers("elsewhere") == frozenset()
+
+    cluster.controller.apply_pods(Put(a_pod() | {"status": {"phase": "Failed"}}))
+    assert cluster.controller.servers("payments") == frozenset()
+
+    cluster.controller.apply_pods(Put(a_pod()))
+    cluster.controller.apply_pods(Gone(a_pod()))
+    assert cluster.controller.servers("payments") == frozenset()
+
+
 async def test_policy_touches_its_own_namespace_only() -> None:
     """A change is compiled for the pods that it can concern."""
     cluster = Cluster()
