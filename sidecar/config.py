@@ -18,6 +18,24 @@ EGRESS_PORT: Final = 15001
 STDIO_PORT: Final = 15010  # of the relay in a stdio server's container, on loopback, unless the profile names another
 USER_ID: Final = 15100  # refused for application containers: they could read the sidecar's memory and files
 PREFIX: Final = "SIDEGATE_"
+# What a server reaches by host name, without what is never public: the init container leaves the rest alone, and its
+# NetworkPolicy opens no more than this. All else is a matter of NetworkPolicies, as ever (RFC 6890; 6to4 and Teredo
+# carry IPv4 addresses inside).
+PUBLIC_RANGES: Final = {
+    "0.0.0.0/0": (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "224.0.0.0/3",
+    ),
+    "2000::/3": ("2001::/32", "2002::/16"),
+}
 # Kubernetes' own variables for a Service whose name begins with `sidegate`: a tenant's Service must not stop a pod.
 _SERVICE_LINK: Final = re.compile(r"SIDEGATE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 _HTTP: Final = re.compile(r"https?://[!-~]+")
@@ -37,6 +55,13 @@ class Role(StrEnum):
 
     SERVER = "server"  # an MCP server: calls of others are judged on their way in
     AGENT = "agent"  # its own calls to MCP servers leave with its identity
+
+
+class WayOut(StrEnum):
+    """How the connections go out that an MCP server opens itself."""
+
+    DIRECT = "direct"  # past us
+    HOSTS = "hosts"  # netfilter sends them here, and the profile says which host names they may have
 
 
 class LogLevel(StrEnum):
@@ -127,7 +152,8 @@ class Settings:
     capture: Capture = setting_of(_one_of(Capture), "How traffic reaches the sidecar.", default=Capture.LISTEN)
     listen_host: str = setting_of(str, "Address the inbound listener binds.", default="::")
     listen_port: int = setting_of(port_number, "Port of the inbound listener.", default=INBOUND_PORT)
-    egress_port: int = setting_of(port_number, "Port of the outbound listener, on loopback, in role agent.", default=EGRESS_PORT)  # fmt: skip # noqa: E501
+    egress: WayOut = setting_of(_one_of(WayOut), "How connections that an MCP server opens itself go out: direct, or through the outbound listener to the hosts that the bundle names.", default=WayOut.DIRECT)  # fmt: skip # noqa: E501
+    egress_port: int = setting_of(port_number, "Port of the outbound listener, on loopback, in role agent and with egress hosts.", default=EGRESS_PORT)  # fmt: skip # noqa: E501
     health_host: str = setting_of(str, "Address of the health and metrics listener.", default="::")
     health_port: int = setting_of(port_number, "Port of the health and metrics listener.", default=HEALTH_PORT)
     upstream_host: str = setting_of(

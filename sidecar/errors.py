@@ -33,6 +33,7 @@ class Reason(StrEnum):
     NOT_SENT = "not_sent"  # itself in order, but another message of its batch was refused
     UPSTREAM = "upstream"  # the server behind us did not answer as HTTP demands
     PROVIDER = "provider"  # the identity provider gave no token for the server behind us
+    EGRESS = "egress"  # a connection that the server opens itself, to what its profile does not name
     FAULT = "fault"  # a defect of ours
 
 

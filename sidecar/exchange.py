@@ -23,12 +23,13 @@ NOBODY: Final = Agent()  # says nothing of itself
 
 @dataclass(slots=True, kw_only=True)
 class Outbound:
-    """Where a call of the agent beside us went."""
+    """Where a call of the agent beside us went, or a connection that the server beside us opened itself."""
 
     host: str
     port: int
-    expected: str  # SPIFFE ID pattern
+    expected: str  # SPIFFE ID pattern; empty for a server's connection
     server: SpiffeId | None = None  # as its certificate proved; None: not reached or not proven, and nothing was sent
+    address: str | None = None  # that a server's connection was let out to; None: it was not
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +77,9 @@ class Exchange:
     @property
     def was_sent(self) -> bool:
         """Say whether the message went on to the server."""
-        return self.admission is not None if self.outbound is None else self.outbound.server is not None
+        if self.outbound is None:
+            return self.admission is not None
+        return self.outbound.server is not None or self.outbound.address is not None
 
     @property
     def request_id(self) -> RequestId | None:

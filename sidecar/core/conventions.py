@@ -120,6 +120,7 @@ WARNINGS: Final = _count("limit.warnings", "{message}", "Messages that crossed a
 FALLBACKS: Final = _count("limit.fallbacks", "{message}", "Messages that were judged without the store of global limits.", "limit")  # fmt: skip # noqa: E501
 STORE_UNANSWERED: Final = _count("limit.store_unanswered", "{message}", "Messages to which that store gave no answer in time.")  # fmt: skip
 HANDSHAKES: Final = _count("handshake_refusals", "{handshake}", "TLS handshakes refused.", "reason")
+CROSSINGS: Final = _count("egress_connections", "{connection}", "Connections that the server opened itself: let out by `name` or by `address`, or refused, by why.", "outcome")  # fmt: skip # noqa: E501
 HIDDEN: Final = _count("hidden_items", "{item}", "List items hidden from callers.")
 DIFFERENCES: Final = _count("shadow_differences", "{message}", "Messages that a policy in shadow mode would have decided otherwise.", "policy", "allowed")  # fmt: skip # noqa: E501
 CONTENT: Final = _count("content_matches", "{match}", "What content rules found.", "rule", "action", "mode", "where")
@@ -139,7 +140,7 @@ QUESTIONS: Final = _count("provider_questions", "{question}", "Questions to iden
 
 INSTRUMENTS: Final[tuple[Instrument, ...]] = (
     SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, SPEND, LIMITED, OVER, WARNINGS, FALLBACKS,
-    STORE_UNANSWERED, HANDSHAKES, HIDDEN, DIFFERENCES, CONTENT, IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, BUNDLE_REFUSALS,
+    STORE_UNANSWERED, HANDSHAKES, CROSSINGS, HIDDEN, DIFFERENCES, CONTENT, IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, BUNDLE_REFUSALS,
     SVID_EXPIRY, AUDIT_FAILURES, AUDIT_LOST, AUDIT_SHIPPED, AUDIT_RETRIES, AUDIT_WAITING, DROPPED, QUESTIONS,
 )  # fmt: skip
 
@@ -153,7 +154,7 @@ LINE_FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("span_id", "string", "W3C id of the span toward the client."),
     ("direction", "string", "`inbound` or `outbound`."),
     ("method", "string?", "JSON-RPC method; left out when the message could not be read."),
-    ("target", "string?", "Name of the tool or prompt."),
+    ("target", "string?", "Name of the tool or prompt; host and port of a connection that went out."),
     ("http_status", "integer", "Status that the caller got; 0 when it had gone before."),
     ("decision", "string", "`allowed` or `refused`."),
     ("error_type", "string?", "As on the span."),

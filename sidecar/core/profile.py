@@ -4,6 +4,7 @@ Written by the control plane (webhook/core/compile.py), read by the sidecar; unk
 misspelt restriction that is ignored is a hole. Format version 1; the reference page is generated from these types.
 """
 
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,6 +23,9 @@ Scope = Annotated[str, msgspec.Meta(pattern=r"^[!#-\[\]-~]+\Z", max_length=512)]
 Host = Annotated[
     str, msgspec.Meta(pattern=r"^[a-z0-9._:\[\]-]+\Z", max_length=261)
 ]  # a name or address, with or without port
+# RFC 1123, in lower case; two labels at least, and the last begins with a letter: no IP address looks like that.
+HOST_NAME = r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?"
+HostPattern = Annotated[str, msgspec.Meta(pattern=rf"^(\*\.)?{HOST_NAME}\Z", max_length=253)]
 Origin = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9+.-]*://[^/ ]+\Z", max_length=512)]  # as browsers write it
 JWT_BEARER = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 Detected = Literal[
@@ -173,6 +177,39 @@ class AgentRole(Record, frozen=True, kw_only=True):
     servers: tuple[Destination, ...] = ()
 
 
+class NamedHosts(Record, frozen=True, kw_only=True):
+    """Hosts that the server may connect to."""
+
+    hosts: Annotated[tuple[HostPattern, ...], msgspec.Meta(min_length=1)]  # `*.` in front stands for one label
+    ports: Annotated[tuple[Port, ...], msgspec.Meta(min_length=1)] = (443,)
+
+
+class Network(Record, frozen=True, kw_only=True):
+    """Addresses that the server may connect to, whatever their names."""
+
+    cidr: str
+    excluded: tuple[str, ...] = ()
+    ports: tuple[Port, ...] = ()  # empty: all
+
+    def __post_init__(self) -> None:
+        """Refuse what is no range; raises ValueError, which decoding turns into its own error."""
+        for each in (self.cidr, *self.excluded):
+            ip_network(each)
+
+
+class EgressRules(Record, frozen=True, kw_only=True):
+    """Where the server's own connections may go, if they pass the sidecar."""
+
+    hosts: tuple[NamedHosts, ...] = ()
+    networks: tuple[Network, ...] = ()
+    private: tuple[str, ...] = ()  # ranges of the cluster that look public: NetworkPolicies judge them, and no name
+
+    def __post_init__(self) -> None:
+        """Refuse what is no range; raises ValueError, which decoding turns into its own error."""
+        for each in self.private:
+            ip_network(each)
+
+
 class Quota(Record, frozen=True, kw_only=True):
     """At most `amount` units in any stretch of the period's length; a month is 30 days."""
 
@@ -321,6 +358,7 @@ class Profile(Record, frozen=True, kw_only=True):
     content: Annotated[tuple[ContentRule, ...], msgspec.Meta(max_length=256)] = ()
     policies: tuple[PolicySet, ...] = ()
     agent: AgentRole | None = None  # in agent role; `server` is then the agent itself, and its port is not used
+    egress: EgressRules | msgspec.UnsetType = msgspec.UNSET  # left out, as older sidecars know it not: nothing declared
     denied: Literal["error", "tool_error", "conceal"] = "error"  # a denied call: said, said to the model, or as unknown
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ CODES: Final[Mapping[Reason, tuple[int, int]]] = {
     Reason.UNAUTHENTICATED: (401, 401),
     Reason.INSUFFICIENT_SCOPE: (403, 403),
     Reason.FORBIDDEN_CALLER: (403, 403),
+    Reason.EGRESS: (403, 403),
     Reason.NOT_FOUND: (404, 404),
     Reason.METHOD_NOT_ALLOWED: (405, 405),
     Reason.TOO_LARGE: (413, 413),

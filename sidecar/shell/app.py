@@ -20,7 +20,7 @@ from aiohttp import web
 
 from certs.errors import PeerReason, WorkloadApiError, WorkloadReason
 from certs.statement import sign
-from sidecar.config import Capture, Role, Settings
+from sidecar.config import Capture, Role, Settings, WayOut
 from sidecar.core import conventions
 from sidecar.core.bundle import Bundle
 from sidecar.core.connection import Connection
@@ -34,6 +34,7 @@ from sidecar.shell.audit import Audit
 from sidecar.shell.bundles import BundleSource
 from sidecar.shell.credentials import Credentials, Signer
 from sidecar.shell.egress import Egress
+from sidecar.shell.egress_gate import EgressGate
 from sidecar.shell.egress_listener import EgressListener
 from sidecar.shell.health import Health
 from sidecar.shell.lifetimes import Lifetimes
@@ -136,7 +137,10 @@ class App:
                 if self._bundle is None:
                     self._bundles = BundleSource(settings, session, identity.client, self._activate)
                     background.append(tasks.create_task(self._bundles.run()))
-            background += [tasks.create_task(each.run()) for each in self._ship(trail, identity)]
+            background += [
+                *(tasks.create_task(each.run()) for each in self._ship(trail, identity)),
+                *self._let_out(tasks),
+            ]
             if self._bundle is not None:
                 await self._activate(self._bundle)
             listener = self._listener(tasks)
@@ -307,6 +311,22 @@ class App:
             is_redirected=settings.capture is Capture.REDIRECT,
             max_connections=int(settings.max_connections),
         )
+
+    def _let_out(self, tasks: asyncio.TaskGroup) -> list["asyncio.Task[None]"]:
+        """Start what the server's own connections pass, if they do. It goes on while calls drain."""
+        settings = self._settings
+        if settings.egress is WayOut.DIRECT:
+            return []
+        if settings.role is not Role.SERVER or settings.capture is not Capture.REDIRECT:
+            raise ConfigError("SIDEGATE_EGRESS hosts needs SIDEGATE_ROLE server and SIDEGATE_CAPTURE redirect")
+        gate = EgressGate(
+            self._serving,
+            port=settings.egress_port,
+            max_connections=int(settings.max_connections),
+            is_recordable=lambda: not self._audit.failed,
+        )
+        self._telemetry.watch(((conventions.CROSSINGS, lambda: gate.outcomes),))
+        return [tasks.create_task(gate.run())]
 
     async def _serve_health(self) -> web.AppRunner:
         health = Health(

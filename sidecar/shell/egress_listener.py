@@ -6,7 +6,6 @@ only. Refuses a proxy's client that names no destination. RFC 9112, 3.2 (absolut
 """
 
 import asyncio
-import contextlib
 import ipaddress
 import re
 import socket
@@ -18,12 +17,12 @@ from sidecar.errors import Refusal
 from sidecar.shell.accepting import Accepting
 from sidecar.shell.egress import MAX_HEAD_BYTES, Egress, Outgoing
 from sidecar.shell.listener import SO_ORIGINAL_DST
+from sidecar.shell.tunnel import carry
 
 BACKLOG: Final = 512
 QUIET_S: Final = 1.0  # an application that says nothing first speaks another protocol, in which the server begins
 HEAD_S: Final = 10.0
 CONNECT_S: Final = 10.0
-PIECE_BYTES: Final = 64 * 1024
 _METHOD: Final = re.compile(rb"[A-Z]{1,16}(?: |\Z)")
 _REQUEST_LINE: Final = re.compile(rb"[A-Z]{1,16} [!-~]+ HTTP/1\.[01]")
 _DROPPED: Final = (b"connection", b"proxy-connection", b"proxy-authorization", b"keep-alive")
@@ -40,7 +39,7 @@ class EgressListener:
         self._egress = egress
         self._is_redirected = is_redirected
         self._loop = asyncio.get_running_loop()
-        sockets = _bind(port)
+        sockets = bind(port)
         self.port: int = sockets[0].getsockname()[1]
         self._accepting = Accepting(sockets, self._serve, max_connections=max_connections)
 
@@ -126,32 +125,8 @@ class EgressListener:
     async def _splice(self, sock: socket.socket, address: Address, first: bytes) -> None:
         """Carry bytes both ways until both sides have ended; *first* go before all others."""
         async with asyncio.timeout(CONNECT_S):
-            reader, writer = await asyncio.open_connection(*address)
-        try:
-            writer.write(first)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._carry_out(sock, writer))
-                tasks.create_task(self._carry_back(reader, sock))
-        finally:
-            writer.transport.abort()
-
-    async def _carry_out(self, sock: socket.socket, writer: asyncio.StreamWriter) -> None:
-        try:
-            while piece := await self._loop.sock_recv(sock, PIECE_BYTES):
-                writer.write(piece)
-                await writer.drain()
-            writer.write_eof()
-        except OSError:
-            writer.transport.abort()  # the other half ends with it
-
-    async def _carry_back(self, reader: asyncio.StreamReader, sock: socket.socket) -> None:
-        try:
-            while piece := await reader.read(PIECE_BYTES):
-                await self._loop.sock_sendall(sock, piece)
-            sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            streams = await asyncio.open_connection(*address)
+        await carry(sock, streams, first=first)
 
 
 def original_address(sock: socket.socket) -> Address | None:
@@ -183,7 +158,7 @@ def _origin_form(head: bytes, path: str, authority: str) -> bytes:
     return b"\r\n".join([start, b"Host: " + authority.encode("latin-1"), *kept, b"Connection: close", b"", b""])
 
 
-def _bind(port: int) -> list[socket.socket]:
+def bind(port: int) -> list[socket.socket]:
     """Return the listening sockets of both families, on loopback and on the same port."""
     sockets: list[socket.socket] = []
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):

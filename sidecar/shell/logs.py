@@ -158,6 +158,8 @@ def line_fields(exchange: Exchange) -> dict[str, Any]:
         fields["method"] = message.method
         if isinstance(message.target, Tool | Prompt):
             fields["target"] = cut(message.target.name)
+    elif exchange.outbound is not None:
+        fields["target"] = f"{exchange.outbound.host}:{exchange.outbound.port}"
     fields["http_status"] = exchange.status
     fields["decision"] = "allowed" if exchange.was_sent else "refused"
     if error:

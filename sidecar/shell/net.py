@@ -1,8 +1,10 @@
 """Loads the rules that bring traffic into the sidecar: the init container `sidegate-net`.
 
 One nftables table for IPv4 and IPv6. Before a server, every inbound TCP port is redirected to the sidecar, and nothing
-that the application opens itself is touched. With an agent it is the other way round: what its containers open to the
-ports given as argument is redirected, and nothing inbound. The sidecar reads the original address from the accepted
+that the application opens itself is touched, unless it is let out by host name: then every TCP connection of its own to a
+public address is redirected, too, and anything else to one is dropped but DNS, whose way is NetworkPolicy's to judge. With
+an agent it is the other way round: what its containers open to the ports given as argument is redirected, and nothing
+inbound. The sidecar reads the original address from the accepted
 socket (SO_ORIGINAL_DST). Refuses to end well unless the kernel lists the very rules that were loaded; UDP is not
 touched. Source: nft(8), address families, NAT statements.
 """
@@ -13,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, USER_ID
+from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, PUBLIC_RANGES, USER_ID
 from sidecar.errors import NetError
 
 NFT: Final = Path("/usr/sbin/nft")
@@ -40,6 +42,39 @@ RULES: Final[Rules] = {
         f"tcp dport != {_OURS} drop",
     ),
 }
+
+
+def _left_alone() -> tuple[str, ...]:
+    """Return the rules that accept whatever is not public: NetworkPolicies judge that."""
+    rules = []
+    for whole, excluded in PUBLIC_RANGES.items():
+        field = "ip6 daddr" if ":" in whole else "ip daddr"
+        rules += [] if whole == "0.0.0.0/0" else [f"{field} != {whole} accept"]
+        rules.append(f"{field} {{ {', '.join(excluded)} }} accept")
+    return tuple(rules)
+
+
+BY_NAME: Final[Rules] = {
+    **RULES,
+    "outbound": (
+        "type nat hook output priority -100; policy accept;",
+        'oifname "lo" accept',
+        f"meta skuid {USER_ID} accept",
+        *_left_alone(),
+        f"meta l4proto tcp redirect to :{EGRESS_PORT}",
+    ),
+    # What was not redirected, for whatever reason, and what is not TCP.
+    "outbound_guard": (
+        "type filter hook output priority filter; policy accept;",
+        'oifname "lo" accept',
+        f"meta skuid {USER_ID} accept",
+        "ct state established,related accept",
+        *_left_alone(),
+        "udp dport 53 accept",
+        "drop",
+    ),
+}
+NAMED: Final = "hosts"  # the argument that asks for it
 
 
 def outbound(ports: Sequence[int]) -> Rules:
@@ -89,11 +124,12 @@ def _run(nft: Path, *arguments: str, text: str = "") -> str:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Load the rules, an agent's if *arguments* name ports; return 0, or 1 after saying why not."""
+    is_by_name = list(arguments) == [NAMED]
     try:
-        ports = [int(port) for port in arguments[0].split(",")] if arguments else []
-        load(chosen=outbound(ports) if ports else RULES)
+        ports = [int(port) for port in arguments[0].split(",")] if arguments and not is_by_name else []
+        load(chosen=BY_NAME if is_by_name else outbound(ports) if ports else RULES)
     except ValueError:
-        print(f"sidegate-net: error: {arguments[0]}: expected ports, separated by commas", file=sys.stderr)  # noqa: T201
+        print(f"sidegate-net: error: {arguments[0]}: expected {NAMED}, or ports, separated by commas", file=sys.stderr)  # noqa: T201
         return 1
     except NetError as error:
         # An init container speaks through its log.
@@ -104,6 +140,8 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(f"sidegate-net: outbound TCP to {arguments[0]} goes to port {EGRESS_PORT}")  # noqa: T201
     else:
         print(f"sidegate-net: inbound TCP goes to port {INBOUND_PORT}, but for port {HEALTH_PORT}")  # noqa: T201
+    if is_by_name:
+        print(f"sidegate-net: outbound TCP to public addresses goes to port {EGRESS_PORT}")  # noqa: T201
     return 0
 
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.e2e
 
 POD = {4: "10.77.0.2", 6: "fd77::2"}
 CALLER = {4: "10.77.0.1", 6: "fd77::1"}
+PUBLIC = {4: "203.0.113.9", 6: "2001:db8::9"}  # the caller's, too; to the pod it is the world
 
 # Answers every connection on a port with "<port>", on 15443 with "<port> <original port>".
 SERVER = """
@@ -40,9 +41,9 @@ while True:
 # The sidecar's own code says where each connection was going.
 EGRESS = """
 import selectors, socket
-from sidecar.shell.egress_listener import _bind, original_address
+from sidecar.shell.egress_listener import bind, original_address
 selector = selectors.DefaultSelector()
-for listener in _bind(15001):
+for listener in bind(15001):
     selector.register(listener, selectors.EVENT_READ)
 print("listening", flush=True)
 while True:
@@ -61,6 +62,21 @@ try:
         print(connection.recv(100).decode())
 except OSError as error:
     print(type(error).__name__)
+"""
+
+
+# Says whether a datagram from here, as a user, goes out, arrives there and is answered.
+DATAGRAM = """
+import encodings.idna, os, socket, sys
+host, port = sys.argv[1], int(sys.argv[2])
+os.setuid(int(sys.argv[3]))
+with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    try:
+        sender.sendto(b"x", (host, port))
+    except OSError as error:
+        print(type(error).__name__)
+    else:
+        print("sent")
 """
 
 
@@ -113,6 +129,10 @@ def wire() -> Iterator[Wire]:
             ip("-n", space, "address", "add", f"{addresses[4]}/24", "dev", device)
             ip("-n", space, "address", "add", f"{addresses[6]}/64", "dev", device, "nodad")
             ip("-n", space, "link", "set", device, "up")
+        ip("-n", made.caller, "address", "add", f"{PUBLIC[4]}/32", "dev", "lo")
+        ip("-n", made.caller, "address", "add", f"{PUBLIC[6]}/128", "dev", "lo", "nodad")
+        ip("-n", made.pod, "route", "add", "default", "via", CALLER[4])
+        ip("-n", made.pod, "route", "add", "default", "via", CALLER[6])
         for space in (made.pod, made.caller):
             command = ["ip", "netns", "exec", space, sys.executable, "-u", "-c", SERVER]
             server = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
@@ -196,3 +216,43 @@ def test_an_agents_calls_to_the_named_ports_arrive_at_its_sidecar(wire: Wire, nf
             assert wire.ask(wire.caller, POD[family], 8080) == "8080"
         finally:
             egress.kill()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_server_let_out_by_name_reaches_nothing_public_but_through_its_sidecar(
+    wire: Wire, nft: Path, family: int
+) -> None:
+    """Every TCP port, with its address; not the sidecar's own, nothing private, nothing inbound; no datagrams but DNS."""
+    load_in(wire, nft, "net.BY_NAME")
+    command = ["ip", "netns", "exec", wire.pod, sys.executable, "-u", "-c", EGRESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as egress:
+        try:
+            assert egress.stdout is not None
+            assert egress.stdout.readline() == b"listening\n"
+
+            assert wire.ask(wire.pod, PUBLIC[family], 8080) == f"15001 ('{PUBLIC[family]}', 8080)"
+            assert wire.ask(wire.pod, PUBLIC[family], 53, 1000) == f"15001 ('{PUBLIC[family]}', 53)"
+            assert wire.ask(wire.pod, PUBLIC[family], 8080, USER_ID) == "8080"
+            assert wire.ask(wire.pod, CALLER[family], 8080) == "8080"
+            assert wire.ask(wire.pod, {4: "127.0.0.1", 6: "::1"}[family], 8080) == "8080"
+            assert wire.ask(wire.caller, POD[family], 8080) == "15443 8080"
+            for host, port, user, said in (
+                (PUBLIC[family], 443, 1000, "PermissionError"),
+                (PUBLIC[family], 53, 1000, "sent"),
+                (PUBLIC[family], 443, USER_ID, "sent"),
+                (CALLER[family], 443, 1000, "sent"),
+            ):
+                asked = wire.run(wire.pod, sys.executable, "-c", DATAGRAM, host, str(port), str(user))
+                assert asked.stdout.strip() == said, (host, port, user)
+        finally:
+            egress.kill()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_public_connection_that_escapes_redirection_is_dropped(wire: Wire, nft: Path, family: int) -> None:
+    """Without the redirect, here taken away on purpose, nothing public is reached either; by the sidecar it is."""
+    load_in(wire, nft, "net.BY_NAME")
+    wire.run(wire.pod, nft, "flush", "chain", "inet", "sidegate", "outbound")
+
+    assert wire.ask(wire.pod, PUBLIC[family], 8080, 1000) == "TimeoutError"
+    assert wire.ask(wire.pod, PUBLIC[family], 8080, USER_ID) == "8080"

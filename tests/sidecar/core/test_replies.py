@@ -41,6 +41,7 @@ def body_of(refusal: Refusal, message: Message | None) -> dict[str, Any]:
         (Reason.INSUFFICIENT_SCOPE, 403, 403),
         (Reason.PROVIDER, 200, -32603),
         (Reason.FORBIDDEN_CALLER, 403, 403),
+        (Reason.EGRESS, 403, 403),
         (Reason.NOT_FOUND, 404, 404),
         (Reason.METHOD_NOT_ALLOWED, 405, 405),
         (Reason.TOO_LARGE, 413, 413),

@@ -41,6 +41,31 @@ table inet sidegate {
 """
 
 
+NOT_PUBLIC = """\
+		ip daddr { 0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, \
+172.16.0.0/12, 192.0.0.0/24, 192.168.0.0/16, 198.18.0.0/15, 224.0.0.0/3 } accept
+		ip6 daddr != 2000::/3 accept
+		ip6 daddr { 2001::/32, 2002::/16 } accept
+"""
+GOLDEN_BY_NAME = f"""\
+{GOLDEN[:-2]}	chain outbound {{
+		type nat hook output priority -100; policy accept;
+		oifname "lo" accept
+		meta skuid 15100 accept
+{NOT_PUBLIC}		meta l4proto tcp redirect to :15001
+	}}
+	chain outbound_guard {{
+		type filter hook output priority filter; policy accept;
+		oifname "lo" accept
+		meta skuid 15100 accept
+		ct state established,related accept
+{NOT_PUBLIC}		udp dport 53 accept
+		drop
+	}}
+}}
+"""
+
+
 def a_program(path: Path, script: str) -> Path:
     """An executable shell script in the place of nft."""
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -57,6 +82,11 @@ def test_an_agents_ruleset_is_the_reviewed_one() -> None:
     """Only the named ports, once each and in order, as the kernel lists them; never the sidecar's own calls."""
     assert net.ruleset(net.outbound([8000, 443, 8000])) == GOLDEN_AGENT
     assert "tcp dport 8000 redirect to :15001" in net.ruleset(net.outbound([8000]))
+
+
+def test_the_ruleset_of_a_server_that_is_let_out_by_name_is_the_reviewed_one() -> None:
+    """Nothing public but through the sidecar, in either family; the rest, and DNS, as ever."""
+    assert net.ruleset(net.BY_NAME) == GOLDEN_BY_NAME
 
 
 def test_missing_nft_is_named(tmp_path: Path) -> None:
@@ -123,4 +153,15 @@ def test_an_agents_ports_come_as_an_argument(
     assert net.main(["443,8000"]) == 0
     assert capsys.readouterr().out == "sidegate-net: outbound TCP to 443,8000 goes to port 15001\n"
     assert net.main(["http"]) == 1
-    assert "expected ports" in capsys.readouterr().err
+    assert "expected hosts, or ports" in capsys.readouterr().err
+
+
+def test_a_server_that_is_let_out_by_name_comes_as_an_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both directions are said in the log."""
+    nft = a_program(tmp_path / "nft", f"cat >/dev/null\ncat <<'END'\n{GOLDEN_BY_NAME}END")
+    monkeypatch.setattr(net.load, "__defaults__", (nft,))
+
+    assert net.main(["hosts"]) == 0
+    assert capsys.readouterr().out.endswith("\nsidegate-net: outbound TCP to public addresses goes to port 15001\n")
