@@ -10,14 +10,15 @@ import asyncio
 import functools
 import hashlib
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import formatdate
 from typing import Final, TypeVar
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from prometheus_client import Counter
 
 from certs.spiffe import TrustDomain
@@ -31,6 +32,8 @@ from webhook.shell.metrics import Metrics
 
 MEDIA_TYPE: Final = "application/vnd.openpolicyagent.bundles"
 MAX_WAIT_S: Final = 60.0  # below the idle limits of proxies and NATs on the way
+DELIVERIES_PER_S: Final = 10_000.0  # of one core; as long as these take, handlers whose response is sent rest
+AT_ONCE: Final = 64  # of these go on at a stretch
 REPORTS_PER_S: Final = 2000.0  # so many sidecars may report a new bundle in a second; small clusters do at once
 WITHIN_HEADER: Final = "Sidegate-Report-Within"
 RETRY_AFTER_S: Final = "1"
@@ -53,6 +56,16 @@ class Published:
     stamp: Stamp = Stamp()
     size_bytes: int = 0  # of its files, unpacked
     wanted: "Seal | None" = None  # the newest that anybody waits for
+    response: "Response | None" = None  # as it was handed out last
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A whole HTTP response with *data* in it."""
+
+    etag: str
+    data: bytes = field(repr=False)
+    wire: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,22 +82,60 @@ class Seal:
             published.stamp = self.stamp  # last: who sees it on another thread finds the data
 
 
-class Entry:
-    """What one pod may have. Mutated by Bundles alone."""
+class Waiting:
+    """A caller that waits for another bundle than it has. Mutated by Bundles alone.
 
-    __slots__ = ("changed", "problem", "published", "sequence", "service_account")
+    *transport*: where the response may be written at once, None where the HTTP server has to do it. *is_sent*: it was.
+    """
+
+    __slots__ = ("_transport", "done", "is_sent")
+
+    def __init__(self, transport: asyncio.Transport | None) -> None:
+        self._transport = transport
+        self.done: asyncio.Future[None] | None = None
+        self.is_sent = False
+
+    def send(self, wire: bytes) -> bool:
+        """Write the response *wire*; return whether that was possible."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return False
+        transport.write(wire)
+        self.is_sent = True
+        return True
+
+    def wake(self) -> None:
+        """Let the handler go on."""
+        if self.done is not None and not self.done.done():
+            self.done.set_result(None)
+
+
+class Entry:
+    """What one pod may have. Mutated by Bundles alone, *waiting* also by who waits."""
+
+    __slots__ = ("problem", "published", "sequence", "service_account", "waiting")
 
     def __init__(self, service_account: str) -> None:
         self.service_account = service_account
         self.published: Published | None = None
         self.problem = "not compiled yet"
         self.sequence = 0
-        self.changed = asyncio.Event()
+        self.waiting: list[Waiting] = []
 
-    def wake(self) -> None:
-        """Let everybody who waits for a change look again."""
-        self.changed.set()
-        self.changed = asyncio.Event()
+    async def change(self, waiting: Waiting) -> None:
+        """Return when something has changed, or the response of *waiting* is sent."""
+        waiting.done = asyncio.get_running_loop().create_future()
+        self.waiting.append(waiting)
+        try:
+            await waiting.done
+        finally:
+            if waiting in self.waiting:
+                self.waiting.remove(waiting)
+
+    def taken(self) -> list[Waiting]:
+        """Return who waited until now."""
+        taken, self.waiting = self.waiting, []
+        return taken
 
 
 class Bundles:
@@ -95,6 +146,8 @@ class Bundles:
         self.keys: SigningKeys | None = None
         self._signer = ThreadPoolExecutor(1, "signer")  # large ones, one at a time: each is unpacked for it
         self._hashes: OrderedDict[bytes, str] = OrderedDict()
+        self._resting: deque[Waiting] = deque()  # whose response is sent
+        self.is_stopping = False  # responses say `Connection: close`, which the HTTP server sees to
         self.floor = 0  # all bundles without a problem reflect the cluster up to this resource version
 
     def __len__(self) -> int:
@@ -114,8 +167,8 @@ class Bundles:
     def forget(self, pod: PodKey) -> None:
         """Answer nothing for *pod* any more."""
         entry = self._entries.pop(pod, None)
-        if entry:
-            entry.wake()
+        for each in entry.taken() if entry else ():
+            each.wake()
 
     async def sign(self, files: Mapping[str, bytes], sequence: int) -> Published:
         """Return the bundle of *files*, for `publish`. The keys must be there."""
@@ -148,11 +201,16 @@ class Bundles:
 
     async def signed(self, entry: Entry, published: Published) -> bytes:
         """Return *published* as its signature should be now, or newer: pods that share it may have seen more."""
-        if self.keys is not None:
-            stamp = self.keys.stamp(entry.sequence if entry.problem else max(entry.sequence, self.floor))
-            if published.stamp < stamp:
-                await self._renew(published, Seal(key=self.keys.current, stamp=stamp))
+        stamp = self._stamp(entry)
+        if self.keys is not None and published.stamp < stamp:
+            await self._renew(published, Seal(key=self.keys.current, stamp=stamp))
         return published.data
+
+    def _stamp(self, entry: Entry) -> Stamp:
+        """Return how new the bundle is that *entry* should have."""
+        if self.keys is None:
+            return Stamp()
+        return self.keys.stamp(entry.sequence if entry.problem else max(entry.sequence, self.floor))
 
     async def _renew(self, published: Published, seal: Seal) -> None:
         if published.size_bytes <= SMALL_BYTES:
@@ -174,7 +232,43 @@ class Bundles:
             entry.problem, entry.sequence = "", max(entry.sequence, sequence)
             if entry.published is None or entry.published.revision != published.revision:
                 entry.published = published
-                entry.wake()
+                self._hand_out(entry, published)
+
+    def _hand_out(self, entry: Entry, published: Published) -> None:
+        """Give *published* to who waits for it: ten thousand get it first, and what follows is looked after then."""
+        waiting = entry.taken()
+        response = self._response(entry, published) if waiting else None
+        for each in waiting:
+            if response is None or not each.send(response.wire):
+                each.wake()
+                continue
+            self._resting.append(each)
+            if len(self._resting) == 1:
+                asyncio.get_running_loop().call_later(len(self._entries) / DELIVERIES_PER_S, self._resume)
+
+    def _resume(self) -> None:
+        """Let handlers go on whose response was sent, a few at a time: then they take up their callers' next questions."""
+        for _ in range(min(AT_ONCE, len(self._resting))):
+            self._resting.popleft().wake()
+        if self._resting:
+            asyncio.get_running_loop().call_soon(self._resume)
+
+    def _response(self, entry: Entry, published: Published) -> Response | None:
+        """Return *published* as the HTTP server would send it; None when it has to be signed first, or by a thread."""
+        if self.is_stopping or published.stamp < self._stamp(entry) or len(published.data) > SMALL_BYTES:
+            return None
+        etag, held = self.etag(published), published.response
+        if held is None or held.etag != etag or held.data is not published.data:
+            fields = {"ETag": f'"{etag}"', WITHIN_HEADER: self.within(), "Content-Type": MEDIA_TYPE}
+            fields |= {"Content-Length": str(len(published.data)), "Date": formatdate(usegmt=True)}
+            head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+            wire = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + published.data
+            held = published.response = Response(etag, published.data, wire)
+        return held
+
+    def within(self) -> str:
+        """Return over how many seconds reports are to be spread."""
+        return f"{len(self._entries) / REPORTS_PER_S:.2f}"
 
     def fail(self, pod: PodKey, problem: str) -> None:
         """Say *problem* while *pod* has no bundle; the last good one stays."""
@@ -228,7 +322,7 @@ class BundleEndpoint:
             counter = self._counters[status] = self._metrics.bundle_requests.labels(str(status))
         counter.inc()
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         pod, service_account = self._caller(request)
         wait_s = _wait_s(request.headers.get("Prefer", ""))
         known = request.headers.get("If-None-Match", "").strip().strip('"')
@@ -239,14 +333,19 @@ class BundleEndpoint:
             request.headers.get(ERROR_HEADER, ""),
             self._now().timestamp(),
         )
+        waiting = _waiting(request)
         try:
             async with asyncio.timeout(wait_s):
                 while True:
                     entry = self._entry(pod, service_account)
                     if entry.published and self._bundles.etag(entry.published) != known:
                         break
-                    await entry.changed.wait()
+                    await entry.change(waiting)
+                    if waiting.is_sent:
+                        return Sent()
         except TimeoutError:
+            if waiting.is_sent:
+                return Sent()
             entry = self._entry(pod, service_account)
         if entry.published is None:
             raise web.HTTPServiceUnavailable(
@@ -257,7 +356,7 @@ class BundleEndpoint:
         headers = {"ETag": f'"{etag}"'}
         if etag == known:
             return web.Response(status=304, headers=headers)
-        headers[WITHIN_HEADER] = f"{len(self._bundles) / REPORTS_PER_S:.2f}"
+        headers[WITHIN_HEADER] = self._bundles.within()
         data = await self._bundles.signed(entry, published)
         return web.Response(body=data, content_type=MEDIA_TYPE, headers=headers)
 
@@ -284,6 +383,27 @@ class BundleEndpoint:
         if entry.service_account != service_account:
             raise web.HTTPForbidden(text=f"pod {'/'.join(pod)} does not run as service account {service_account}")
         return entry
+
+
+class Sent(web.StreamResponse):
+    """A response whose last byte was written before the HTTP server was asked to; the connection stays open."""
+
+    @property
+    def keep_alive(self) -> bool:
+        """Return whether there may be another request."""
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Write no head."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Write no body."""
+
+
+def _waiting(request: web.Request) -> Waiting:
+    """Return the caller of *request*, for whom the response is simply the next bytes on the connection, if it is plain."""
+    is_plain = request.method == "GET" and request.keep_alive and request.version == HttpVersion11
+    return Waiting(request.transport if is_plain and not request.body_exists else None)
 
 
 _CLOSE: Final = {"Connection": "close"}

@@ -83,7 +83,7 @@ class Plane:
         """Return when a caller waits for news of POD."""
         entry = self.bundles.find(POD)
         assert entry is not None
-        while not entry.changed._waiters:  # type: ignore[attr-defined] # noqa: ASYNC110 - events tell nobody
+        while not entry.waiting:  # noqa: ASYNC110 - lists tell nobody
             await asyncio.sleep(0.01)
 
     async def ask(
@@ -225,6 +225,89 @@ async def test_new_bundle_ends_the_wait(plane: Plane) -> None:
         status, _, body, headers = await waiting
 
     assert (status, body, headers["ETag"]) == (200, b"two", '"r2"')
+
+
+async def test_conversation_goes_on_after_bundles_that_were_waited_for(plane: Plane) -> None:
+    """On one connection: who waited gets the same response as who asked afterwards, time after time."""
+    client = MutualClient()
+    client.follow(snapshot(OURS, LEDGER))
+    context = client.context(SpiffePattern.exactly(CONTROL_PLANE))
+    reader, writer = await asyncio.open_connection("127.0.0.1", plane.port, ssl=context)
+    heads = []
+
+    async def ask(etag: str, *fields: str) -> None:
+        lines = ("GET /v1/bundles/ledger-0 HTTP/1.1", "Host: a.test", f'If-None-Match: "{etag}"', *fields)
+        writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+
+    async def answered() -> bytes:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        heads.append({line.partition(":")[0]: line.partition(": ")[2] for line in head.split("\r\n") if ":" in line})
+        return await reader.readexactly(int(heads[-1]["content-length"]))
+
+    async with asyncio.timeout(20):
+        for number in range(1, 4):
+            await ask(f"r{number}", "Prefer: wait=60")
+            await plane.somebody_waits()
+            plane.bundles.publish(POD, Published(b"news", f"r{number + 1}"))
+            plane.bundles.publish(POD, Published(b"newer still", f"s{number + 1}"))  # whoever waited does so no more
+            assert await answered() == b"news"
+            await ask(f"r{number + 1}", "Prefer: wait=60")
+            assert await answered() == b"newer still"
+            plane.bundles.publish(POD, Published(b"news", f"r{number + 1}"))
+        await ask("r1")
+        await answered()
+    writer.close()
+    waited, asked = heads[-3], heads[-1]
+
+    assert {name: waited[name] for name in ("etag", "content-type", "content-length", "sidegate-report-within")} == {
+        name: asked[name] for name in ("etag", "content-type", "content-length", "sidegate-report-within")
+    }
+    assert "date" in waited
+    assert "server" not in waited  # it did not take the long way
+    assert plane.metrics.registry.get_sample_value("sidegate_bundle_requests_total", {"status": "200"}) == 7
+
+
+@pytest.mark.parametrize("fields", ["Connection: close", "Content-Length: 1"])
+async def test_unusual_requests_are_answered_by_the_http_server(plane: Plane, fields: str) -> None:
+    """It alone knows what else has to happen on their connection."""
+    client = MutualClient()
+    client.follow(snapshot(OURS, LEDGER))
+    context = client.context(SpiffePattern.exactly(CONTROL_PLANE))
+    reader, writer = await asyncio.open_connection("127.0.0.1", plane.port, ssl=context)
+    head = f'GET /v1/bundles/ledger-0 HTTP/1.1\r\nHost: a.test\r\nIf-None-Match: "r1"\r\nPrefer: wait=60\r\n{fields}\r\n\r\n'
+    async with asyncio.timeout(20):
+        writer.write(head.encode())
+        await plane.somebody_waits()
+        plane.bundles.publish(POD, SECOND)
+        answer = (await reader.readuntil(b"two")).decode()
+    writer.close()
+
+    assert ("Connection: close" in answer) is (fields == "Connection: close")
+    assert "Server: " in answer
+
+
+async def test_bundle_that_must_be_signed_first_is_not_handed_out_as_it_is(plane: Plane) -> None:
+    """Who waits gets it in the order of things, with the newest stamp."""
+    plane.bundles.keys = SigningKeys(current=make_key(), term=3)
+    files = {"sidegate.json": profile.encode(profile.Profile(server=SERVER))}
+    published = await plane.bundles.sign(files, 7)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(plane.ask(headers={"If-None-Match": '"r1.3"', "Prefer": "wait=60"}))
+        await plane.somebody_waits()
+        plane.bundles.publish(POD, published, 12)
+
+    assert decode(waiting.result()[2], plane.bundles.keys.believed).stamp.sequence == 12
+
+
+async def test_stopping_is_said_to_who_waits(plane: Plane) -> None:
+    """The HTTP server says `Connection: close` then, and must be let."""
+    plane.bundles.is_stopping = True
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(plane.ask(headers={"If-None-Match": '"r1"', "Prefer": "wait=60"}))
+        await plane.somebody_waits()
+        plane.bundles.publish(POD, SECOND)
+
+    assert "Server" in waiting.result()[3]
 
 
 async def test_new_signing_keys_are_news_at_the_next_question(plane: Plane) -> None:
