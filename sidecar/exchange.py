@@ -71,7 +71,7 @@ class Exchange:
     tool_failed: bool = False
     hidden: int = 0  # list items that the principal may not see
     outbound: Outbound | None = None  # in agent role
-    recorded: bytes | None = None  # its arguments as the audit keeps them, once that was worked out
+    recorded: bytes | None = None  # message and arguments as the audit keeps them, once that was worked out
     aborted: str | None = None  # why the answer did not reach its end: client gone, upstream cut, drained
 
     @property

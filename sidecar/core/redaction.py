@@ -9,8 +9,9 @@ let it be guessed.
 import json
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+import msgspec
 import orjson
 
 REDACTED: Final = "[redacted]"
@@ -22,7 +23,7 @@ MAX_DEPTH: Final = 64  # as sidecar/core/message.py; what JSON inside strings ne
 _LOWER: Final = bytes(range(256)).lower()
 
 
-class Content(NamedTuple):  # made twice for every call, and three times cheaper than a frozen dataclass
+class Content(msgspec.Struct, frozen=True):  # made twice for every call: five times cheaper than a frozen dataclass
     """A JSON document after redaction; `size_bytes` is that of the document before it."""
 
     data: bytes

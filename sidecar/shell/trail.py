@@ -86,11 +86,14 @@ class Output:
     def write(self, line: bytes, *, may_drop: bool) -> int:
         """Write *line* in one call; a full pipe may take only a part, and then the rest is tried."""
         del may_drop
+        self._put(line)
+        return 0
+
+    def _put(self, line: bytes) -> None:
         left = b"\n" + line if self._is_torn else line
         while left:
             left = left[os.write(self.fd, left) :]
             self._is_torn = bool(left)
-        return 0
 
     def close(self) -> None:
         """Leave it open: others may write to it."""
@@ -139,7 +142,7 @@ class File(Output):
                 self._rotate()
             if self.kept_bytes + len(line) > self._keep_bytes:
                 dropped = self._make_room(len(line), may_drop=may_drop)
-        super().write(line, may_drop=may_drop)
+        self._put(line)
         self._size += len(line)
         return dropped
 

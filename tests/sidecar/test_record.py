@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from certs.spiffe import SpiffeId
-from sidecar.core.authorise import Agent
+from certs.verify import Peer
+from sidecar.core.authorise import Agent, Difference
 from sidecar.core.chain import Chain
 from sidecar.core.identity import Principal
+from sidecar.core.limits import Admission, Charge, Rule
 from sidecar.core.message import Ask, Message, Prompt, Resource, Shape, Subscription, Target, Task, Tool, parse
-from sidecar.core.profile import Audit
+from sidecar.core.profile import Audit, Limit
+from sidecar.core.redaction import encode, redact
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange, Outbound
-from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, Phase, fingerprint, line, timestamp
+from sidecar.record import FIELDS, MAX_SUBSCRIBED, MAX_TEXT_CHARS, SCHEMA, Phase, cut, fingerprint, line, timestamp
 from tests.sidecar.exchanges import (
     AGENT,
     ALICE,
@@ -32,6 +35,7 @@ from tests.sidecar.exchanges import (
     an_unreadable_exchange,
 )
 
+SERVER_ID = SpiffeId.parse("spiffe://a.test/ns/pay/sa/billing")
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "audit-record.schema.json"
 
 
@@ -396,3 +400,204 @@ def test_what_a_message_is_about_is_named(target: Target, member: str, value: An
     message = Message(shape=Shape.REQUEST, method="x", id=1, target=target, params={})
 
     assert _written(an_exchange(message))["message"][member] == value
+
+
+def _plainly(exchange: Exchange, phase: Phase) -> dict[str, Any]:
+    """Return the record of an inbound call of a tool, made the plain way: one dictionary, nothing kept."""
+    profile, message, principal, refusal = exchange.profile, exchange.message, exchange.principal, exchange.refusal
+    assert profile is not None
+    assert message is not None
+    assert isinstance(message.target, Tool)
+    peer, user = exchange.connection.peer, None if principal is None else principal.user
+    workload = (peer and peer.spiffe_id) if principal is None else principal.workload
+    session_id, said, is_end = exchange.session_id, exchange.agent, phase is Phase.END
+    charges = () if exchange.admission is None else exchange.admission.charges
+    names, sent_s = profile.audit.redact, exchange.sent_s
+    was_sent = exchange.admission is not None or not is_end
+    is_error = refusal is not None or exchange.error_code is not None or exchange.tool_failed
+    outcome = "aborted" if exchange.aborted is not None else "error" if is_error else "success"
+    stands_in = said.session is not None and said.session == session_id
+    arguments = redact(message.target.arguments, names)
+    result = None
+    if was_sent and is_end:
+        assert exchange.result is not None
+        content = redact(orjson.loads(exchange.result)["result"], names)
+        result = {
+            **_content_of(content.data, redacted=content.redacted),
+            "bytes": exchange.result_bytes,
+            "sha256": content.sha256 if content.redacted else exchange.result_sha256,
+            "is_error": exchange.tool_failed,
+            "error_code": exchange.error_code,
+            "hidden": exchange.hidden,
+        }
+    return {
+        "time": timestamp(exchange.started_ns),
+        "schema": SCHEMA,
+        "phase": str(phase),
+        "outcome": "pending" if not is_end else outcome if was_sent else "refused",
+        "trace_id": exchange.trace_id,
+        "span_id": exchange.span_id,
+        "direction": "inbound",
+        "server": {"namespace": "pay", "workload": "billing", "name": "billing"},
+        "who": {
+            "user": user
+            and {
+                name: getattr(user, name) for name in ("id", "issuer", "provider", "email", "role", "roles", "groups")
+            },
+            "delegation": [],
+            "workload": None if workload is None else str(workload),
+            "proof": None if workload is None else "jwt-svid" if peer is None else "x509-svid",
+            "client": exchange.connection.client,
+        },
+        "destination": None,
+        "agent": {
+            "session": fingerprint(said.session or "") if stands_in else said.session,
+            "client_name": said.client_name,
+            "client_version": said.client_version,
+        },
+        "session": None if session_id is None else fingerprint(session_id),
+        "protocol_version": cut(exchange.protocol_version),
+        "http": {
+            "method": "POST",
+            "path": cut(exchange.connection.path),
+            "status": exchange.status,
+            "removed": exchange.removed,
+        },
+        "message": {
+            "shape": "request",
+            "method": message.method,
+            "tool": cut(message.target.name),
+            **dict.fromkeys(("prompt", "resource", "task")),
+            "subscribed": [],
+            "url": None,
+            "id": message.id,
+        },
+        "arguments": {
+            **_content_of(arguments.data, redacted=arguments.redacted),
+            "bytes": arguments.size_bytes,
+            "sha256": arguments.sha256,
+        },
+        "result": result,
+        "decision": {
+            "outcome": "allowed" if was_sent else "refused",
+            "reason": refusal and refusal.reason,
+            "detail": refusal and (refusal.detail or refusal.public),
+            "policies": exchange.permit.policies if exchange.permit else [],
+            "shadow": [{"policy": each.policy, "allowed": each.allowed} for each in exchange.shadow],
+            "content": [],
+            "revision": exchange.revision,
+        },
+        "limits": [each.name for each in charges],
+        "charges": [
+            {
+                "limit": each.name,
+                "units": each.cost,
+                "remaining": each.remaining,
+                "warned": each.warned,
+                "fallback": each.is_fallback,
+                "over": each.is_over,
+            }
+            for each in charges
+        ],
+        "latency_s": {
+            "judge": _microseconds(exchange.judged_s),
+            "wait": None if sent_s is None else _microseconds(max(0.0, sent_s - exchange.judged_s)),
+            "upstream": None if exchange.upstream_s is None else _microseconds(exchange.upstream_s - (sent_s or 0.0)),
+            "total": _microseconds(exchange.total_s),
+        },
+        "aborted": exchange.aborted,
+    }
+
+
+def _content_of(data: bytes, *, redacted: bool) -> dict[str, Any]:
+    return {"content": orjson.Fragment(data), "truncated": False, "redacted": redacted}
+
+
+def _microseconds(time_s: float) -> float:
+    return int(time_s * 1e6) / 1e6
+
+
+_PEERS: tuple[Peer | None, ...] = (a_connection().peer, replace(a_connection().peer, spiffe_id=SERVER_ID), None)  # type: ignore[type-var]
+_PRINCIPALS = tuple(
+    Principal(workload=workload, user=user, expires_at_s=1.0)
+    for workload in (AGENT, SERVER_ID, None)
+    for user in (ALICE, replace(ALICE, id='bo"b\u00e9', email=None), None)
+)
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+_SOME = st.sampled_from([None, "s-1"])  # few, so that what was kept of one call is found by another
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | _TEXT
+    | st.sampled_from(["pass", "to-ken", '{"token":1}']),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "token", "Api-Key"]) | _TEXT, inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+_TIME_S = st.floats(0, 100)
+_PROFILE = a_profile()
+
+
+@st.composite
+def _exchanges(draw: st.DrawFn) -> Exchange:
+    """Draw a call of a tool, refused or answered."""
+    tool, arguments = (
+        draw(st.sampled_from(["t", 'qu"ote', "x" * 2000])),
+        draw(st.dictionaries(_TEXT, _JSON, max_size=3)),
+    )
+    path = draw(st.sampled_from(["/mcp", '/"', "/" + "p" * 2000]))
+    refused = draw(st.booleans())
+    charges = []
+    for name in draw(st.lists(st.sampled_from(["per-user", 'o"dd']), max_size=2)):
+        charge = Charge(
+            Rule(Limit(name=name, rate_per_s=1.0, burst=10), room=1), "alice", draw(st.integers(1, 9)), None
+        )
+        charge.remaining, charge.wait_s = draw(st.none() | _TIME_S), draw(st.sampled_from([0.0, 1.5]))
+        charge.warned, charge.is_fallback = draw(st.sampled_from([0, 80])), draw(st.booleans())
+        charges.append(charge)
+    permit = an_exchange().permit
+    assert permit is not None
+    answer = b'{"jsonrpc":"2.0","id":1,"result":%b}' % encode(draw(_JSON))
+    sent_s = draw(st.none() | _TIME_S)
+    return an_exchange(
+        a_call(tool, arguments, request_id=draw(st.integers(-(2**63) + 1, 2**63 - 1) | _TEXT)),
+        profile=_PROFILE,
+        connection=replace(
+            a_connection(path=path),
+            peer=draw(st.sampled_from(_PEERS)),
+            client=draw(st.sampled_from(["a:1", "[::1]:2"])),
+        ),
+        principal=draw(st.none() | st.sampled_from(_PRINCIPALS)),
+        agent=Agent(session=draw(_SOME), client_name=draw(_SOME), client_version=draw(_SOME)),
+        session_id=draw(_SOME),
+        protocol_version=draw(st.none() | st.sampled_from(["2025-11-25", "\u00ff" * 2000])),
+        revision=draw(st.sampled_from(["a1b2", ""])),
+        refusal=draw(st.none() | st.just(Refusal(Reason.UPSTREAM, "cl\u00f6sed")))
+        if not refused
+        else Refusal(Reason.DENIED, "no"),
+        permit=draw(st.none() | st.just(permit)),
+        admission=None if refused else Admission(permit=permit, charges=tuple(charges)),
+        shadow=draw(st.sampled_from([(), (Difference(policy="p", allowed=True),)])),
+        judged_s=draw(_TIME_S),
+        sent_s=sent_s,
+        upstream_s=draw(st.none() | st.floats(sent_s or 0.0, 200)),
+        total_s=draw(_TIME_S),
+        status=draw(st.sampled_from([0, 200, 403])),
+        removed=draw(st.sampled_from([(), ("x-user", 'q"')])),
+        result=answer,
+        result_bytes=len(answer),
+        error_code=draw(st.none() | st.integers(-(2**31), 2**31)),
+        tool_failed=draw(st.booleans()),
+        hidden=draw(st.integers(0, 9)),
+        aborted=draw(st.none() | _TEXT),
+    )
+
+
+@given(exchange=_exchanges(), phases=st.sampled_from([(Phase.END,), (Phase.BEGIN, Phase.END)]))
+def test_line_is_what_the_plain_way_writes(exchange: Exchange, phases: tuple[Phase, ...]) -> None:
+    """Byte for byte, whatever was kept of the calls before."""
+    for phase in phases:
+        assert orjson.dumps(_plainly(exchange, phase)) + b"\n" == line(exchange, phase)

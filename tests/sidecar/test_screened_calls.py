@@ -18,7 +18,7 @@ from sidecar.core.profile import ContentRule
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Batch, Memory, Snapshot, judge
-from sidecar.record import record
+from sidecar.record import line
 from sidecar.return_path import note
 from tests.builders import NOW_S, a_call, a_connection, a_snapshot, an_exchange
 from tests.fakes import FakeEngine, allowing
@@ -111,7 +111,7 @@ def test_a_denied_call_is_on_record_without_what_it_held() -> None:
     """Rule, place and number are all that is said."""
     exchange, refusal = judged(a_connection(SECRET), a_screening_snapshot(a_rule(patterns=("aws-key",), action="deny")))
     assert isinstance(refusal, Refusal)
-    document = orjson.loads(orjson.dumps(record(exchange)))
+    document = orjson.loads(line(exchange))
 
     assert (document["decision"]["outcome"], document["decision"]["detail"]) == ("refused", "content rule secrets")
     assert document["decision"]["content"] == [
@@ -205,7 +205,7 @@ def test_what_was_redacted_reaches_the_client_and_not_the_record() -> None:
     assert answer.feed(SAID) + answer.end() == SAID
     for seen in answer.take():
         note(seen, exchange, Memory())
-    document = orjson.loads(orjson.dumps(record(exchange)))
+    document = orjson.loads(line(exchange))
 
     assert document["arguments"]["content"] == {"key": "[redacted]", "n": 1}
     assert document["result"]["content"]["content"][0]["text"] == "[redacted]"

@@ -11,7 +11,7 @@ import pytest
 from sidecar.core.profile import Limit
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
-from sidecar.record import record
+from sidecar.record import line
 from tests.builders import a_snapshot
 from tests.fakes import Heard, a_path, a_server, allowing, post, response
 
@@ -96,7 +96,7 @@ async def test_a_batch_passes_whole(form: str, headers: tuple[str, ...]) -> None
         (2, 0),
     ]
     assert [each.result is not None and json.loads(each.result)["id"] for each in exchanges] == ["l", 1, False, 2]
-    assert {orjson.loads(orjson.dumps(record(each)))["decision"]["outcome"] for each in exchanges} == {"allowed"}
+    assert {orjson.loads(line(each))["decision"]["outcome"] for each in exchanges} == {"allowed"}
     assert len({each.span_id for each in exchanges}) == 4
 
 
@@ -119,7 +119,7 @@ async def test_one_that_is_refused_holds_all_back() -> None:
         Reason.DENIED,
         Reason.UNKNOWN_METHOD,
     ]
-    assert {orjson.loads(orjson.dumps(record(each)))["decision"]["outcome"] for each in exchanges} == {"refused"}
+    assert {orjson.loads(line(each))["decision"]["outcome"] for each in exchanges} == {"refused"}
 
 
 async def test_a_limit_counts_each_call_of_a_batch() -> None:
