@@ -140,7 +140,7 @@ class App:
             await self._listen(listeners)
             self.started.set()
             await stop.wait()
-            self._is_stopping = True
+            self._is_stopping = self._bundles.is_stopping = True
             log.info("stopping", extra={"linger_s": self._settings.linger_s})
             await asyncio.sleep(self._settings.linger_s)
             await listeners.aclose()
