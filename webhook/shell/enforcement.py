@@ -38,9 +38,9 @@ EXPOSED: Final = "NetworkPolicy is not enforced: the application can be reached 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A pod: its address, the application's ports, when to dial it next, and what was found."""
+    """A pod: its addresses, the application's ports, when to dial it next, and what was found."""
 
-    address: str
+    addresses: tuple[str, ...]
     ports: tuple[int, ...]
     due_s: float = 0.0
     is_exposed: bool | None = None  # None: not known
@@ -94,7 +94,7 @@ class Enforcement:
         target, known = _target(item), before.get(_key(item))
         if target is None:
             self._targets.pop(_key(item), None)
-        elif known is not None and (known.address, known.ports) == (target.address, target.ports):
+        elif known is not None and (known.addresses, known.ports) == (target.addresses, target.ports):
             self._targets[_key(item)] = known
         else:
             self._targets[_key(item)] = target
@@ -129,10 +129,17 @@ class Enforcement:
         self._metrics.remapped_pods.labels("unknown").set(found.count(None))
 
     async def _is_exposed(self, target: Target) -> bool | None:
-        if not await _answers(target.address, self._health_port):
+        """Return what is found at all addresses together: a network may enforce policies for IPv4 alone."""
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(self._is_exposed_at(each, target.ports)) for each in target.addresses]
+        found = {each.result() for each in asked}
+        return True if True in found else None if None in found else False
+
+    async def _is_exposed_at(self, address: str, ports: tuple[int, ...]) -> bool | None:
+        if not await _answers(address, self._health_port):
             return None  # it is not up, or we may not dial it at all: silence elsewhere would prove nothing
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(_answers(target.address, port)) for port in target.ports[:MAX_PORTS]]
+            asked = [tasks.create_task(_answers(address, port)) for port in ports[:MAX_PORTS]]
         return any(each.result() for each in asked)
 
 
@@ -148,7 +155,8 @@ async def _answers(address: str, port: int) -> bool:
 
 def _target(item: JSON) -> Target | None:
     """Return whom to dial; None for a pod without an address or without a port of its own."""
-    address = (item.get("status") or {}).get("podIP")
+    status = item.get("status") or {}
+    addresses = [each.get("ip") for each in status.get("podIPs") or ()] or [status.get("podIP")]
     try:
         spec = pods.read(item).spec
     except Denial:
@@ -159,7 +167,8 @@ def _target(item: JSON) -> Target | None:
         for port in each.ports or ()
         if each.name not in CONTAINERS and port.protocol in (None, "TCP")
     }
-    return Target(address=address, ports=tuple(sorted(ports))) if address and ports else None
+    known = tuple(each for each in addresses if each)
+    return Target(addresses=known, ports=tuple(sorted(ports))) if known and ports else None
 
 
 def _key(item: JSON) -> PodKey:

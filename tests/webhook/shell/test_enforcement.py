@@ -115,6 +115,33 @@ async def test_pods_of_namespaces_that_are_not_governed_are_not_dialled(monkeypa
     assert counted(metrics) == {"closed": 0, "exposed": 1, "unknown": 0}
 
 
+@pytest.mark.parametrize(
+    ("silent", "answering", "state"),
+    [
+        ((), ("fd00::1", 8000), "exposed"),
+        ((), None, "closed"),
+        ((("fd00::1", 1),), None, "unknown"),
+        ((("fd00::1", 1),), ("192.0.2.1", 8000), "exposed"),
+    ],
+)
+async def test_each_address_of_a_pod_is_dialled(
+    monkeypatch: pytest.MonkeyPatch, silent: Any, answering: Any, state: str
+) -> None:
+    """A network that enforces policies for IPv4 alone does not enforce them, and one that is not in reach is not proven."""
+
+    async def answers(address: str, port: int) -> bool:
+        return (port == 1 and (address, port) not in silent) or (address, port) == answering
+
+    monkeypatch.setattr(enforcement_module, "_answers", answers)
+    enforcement, metrics = an_enforcement(1)
+    pod = a_pod(8000)
+    pod["status"] = {"podIP": "192.0.2.1", "podIPs": [{"ip": "192.0.2.1"}, {"ip": "fd00::1"}]}
+    enforcement.apply(Listed([pod], "1"))
+    await enforcement.step()
+
+    assert counted(metrics) == {"closed": 0, "exposed": 0, "unknown": 0} | {state: 1}
+
+
 async def test_silence_beside_an_answer_is_the_proof() -> None:
     """The health port shows that the pod is up and in reach."""
     async with listener() as health:
