@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -18,7 +19,7 @@ from sidecar.core import profile
 from sidecar.errors import BundleError
 from webhook.core import patch, resources
 from webhook.core import pod as pods
-from webhook.core.annotations import INJECTED
+from webhook.core.annotations import GROUP, INJECTED
 from webhook.core.compile import Policies, key_of
 from webhook.core.effective import Defaults, Effective, NamespaceResources, combine
 from webhook.core.placement import Occupants
@@ -47,6 +48,7 @@ RETRY_S: Final = 30.0  # for what may succeed without a change: a compiler that 
 TURN: Final = 64  # pods that are looked after at a stretch, some milliseconds
 MAX_COMPILED: Final = 2048  # workloads whose bundle is remembered; a few KB each, some 100 KB with Rego
 PODS: Final = "/api/v1/pods"
+TRACKED: Final = "tracked"  # member of what is left of a pod
 
 Compile = Callable[[Sequence[Policies], profile.Profile], Awaitable[Mapping[str, bytes]]]
 Key = tuple[str, str]
@@ -174,14 +176,19 @@ def _meaning(held: Held) -> Any:
     return str(held.spec) if isinstance(held.spec, BadResource) else held.spec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Tracked:
-    """An injected pod, without our own parts; *problem* when those cannot be told from the rest."""
+    """An injected pod, without our own parts; *problem* when those cannot be told from the rest.
+
+    One object for all pods that get the same: all of a pod counts, but its name where a controller's stands. *likeness*
+    is a digest of it.
+    """
 
     service_account: str
     pod: Pod | None
-    problem: str = ""
-    revision: str = ""  # of the control plane that injected it
+    problem: str
+    revision: str  # of the control plane that injected it
+    likeness: bytes
 
 
 class Controller:
@@ -200,6 +207,7 @@ class Controller:
         self._metrics = metrics
         self._catalogue = Catalogue()
         self._pods: dict[PodKey, Tracked] | None = None
+        self._kinds: WeakValueDictionary[bytes, Tracked] = WeakValueDictionary()  # by likeness
         self._seen = Seen([PODS, *(kind.plural for kind in resources.KINDS)])
         self._occupants = Occupants()
         self._versions: dict[PodKey, int] = {}  # at which a pod was last changed, as far as its bundle goes
@@ -260,7 +268,7 @@ class Controller:
             tasks.create_task(self._compile(), name="compile")
 
     async def _follow_pods(self, kube: Kube) -> None:
-        async for change in kube.follow(PODS, INJECTED):
+        async for change in kube.follow(PODS, INJECTED, keep=self.slim):
             self.apply_pods(change)
 
     async def _follow(self, kube: Kube, kind: Kind) -> None:
@@ -282,19 +290,31 @@ class Controller:
         using = {where for where, each in self._catalogue.using() if each == changed}
         self._mark(pod for pod in self._pods or () if "" in using or pod[0] in using)
 
+    def slim(self, item: JSON) -> JSON:
+        """Return what is kept of a pod, a few hundred bytes of the tens of KB that it has, for `apply_pods`."""
+        names = ("name", "namespace", "resourceVersion", "deletionTimestamp")
+        metadata = {name: item["metadata"][name] for name in names if name in item["metadata"]}
+        phase = (item.get("status") or {}).get("phase")
+        return {"metadata": metadata, "status": {"phase": phase}, TRACKED: self._tracked(item)}
+
+    def _tracked(self, item: JSON) -> Tracked:
+        held = item.get(TRACKED)
+        tracked = held if isinstance(held, Tracked) else _tracked(item)
+        return self._kinds.setdefault(tracked.likeness, tracked)
+
     def apply_pods(self, change: Change) -> None:
-        """Take in a change of the injected pods."""
+        """Take in a change of the injected pods, whole ones or what `slim` left of them."""
         known = self._pods or {}
         seen: dict[PodKey, Tracked] = {}
         gone: set[PodKey] = set()
         over: set[PodKey] = set()
         match change:
             case Listed(items):
-                seen = {_key(item): _tracked(item) for item in items}
+                seen = {_key(item): self._tracked(item) for item in items}
                 over = {_key(item) for item in items if is_over(item)}
                 gone = known.keys() - seen.keys()
             case Put(item):
-                seen = {_key(item): _tracked(item)}
+                seen = {_key(item): self._tracked(item)}
                 over = {_key(item)} if is_over(item) else set()
             case Gone(item):
                 gone = {_key(item)}
@@ -353,7 +373,7 @@ class Controller:
 
     async def _refresh(self, pod: PodKey, tracked: Tracked, failed: dict[bytes, str]) -> None:
         sequence = max(self._seen.of(pod[0]), self._versions.get(pod, 0))  # of what is compiled now
-        key, changes = _likeness(pod[0], tracked), self._changes
+        key, changes = tracked.likeness, self._changes
         if key in self._alike:
             published, state = self._alike[key]
             self._bundles.publish(pod, published, sequence)
@@ -436,21 +456,26 @@ def _is_profiles(error: Exception) -> bool:
     return isinstance(error, Denial)
 
 
-def _likeness(namespace: str, tracked: Tracked) -> bytes:
-    """Return what is the same for pods that get the same: all of the pod, but its name where a controller's stands."""
-    pod = tracked.pod
-    if pod is not None and any(each.controller for each in pod.metadata.owner_references or ()):
-        nameless = msgspec.structs.replace(pod.metadata, name=None, uid=None)
-        pod = msgspec.structs.replace(pod, metadata=nameless)
-    return msgspec.json.encode([namespace, pod, tracked.problem])
-
-
 def _tracked(item: JSON) -> Tracked:
-    """Return what is kept of a pod: a few KB of the tens that it has."""
+    """Return what is kept of a pod."""
+    metadata = item["metadata"]
     service_account = str((item.get("spec") or {}).get("serviceAccountName") or "default")
-    revision = str((item["metadata"].get("labels") or {}).get(INJECTED))
+    revision = str((metadata.get("labels") or {}).get(INJECTED))
+    pod, problem = None, ""
     try:
         pods.read(item)
-        return Tracked(service_account, pods.read(patch.restore(item)), revision=revision)
+        pod = _pruned(pods.read(patch.restore(item)))
     except (Denial, ValueError) as error:
-        return Tracked(service_account, None, str(error), revision)
+        problem = str(error)
+    likeness = key_of(metadata.get("namespace", ""), pod, problem, service_account, revision)
+    return Tracked(service_account, pod, problem, revision, likeness)
+
+
+def _pruned(pod: Pod) -> Pod:
+    """Return *pod* without what differs from replica to replica and decides nothing: names, and a network's annotations."""
+    metadata = pod.metadata
+    ours = {key: value for key, value in pod.annotations.items() if key.startswith(f"{GROUP}/")}
+    metadata = msgspec.structs.replace(metadata, annotations=ours)
+    if any(each.controller for each in metadata.owner_references or ()):
+        metadata = msgspec.structs.replace(metadata, name=None, uid=None)
+    return msgspec.structs.replace(pod, metadata=metadata)

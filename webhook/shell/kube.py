@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self, TypeVar
 
@@ -150,26 +150,30 @@ class Kube:
 
     async def list_all(self, path: str, selector: str = "") -> list[JSON]:
         """Return the objects of the collection *path* with labels *selector*. Raises KubeError."""
-        items, _ = await self._list(path, {"labelSelector": selector})
+        items, _ = await self._list(path, {"labelSelector": selector}, _whole)
         return items
 
     async def delete(self, path: str) -> None:
         """Delete the object at *path*. Raises KubeError; status 404 when there is none."""
         await self._call("DELETE", path)
 
-    async def follow(self, path: str, selector: str = "", *, name: str = "") -> AsyncIterator[Change]:
+    async def follow(
+        self, path: str, selector: str = "", *, name: str = "", keep: Callable[[JSON], JSON] | None = None
+    ) -> AsyncIterator[Change]:
         """Yield all objects of the collection *path* with labels *selector*, then every change; never ends or raises.
 
-        *name*: only the object of that name; who may watch no other must ask so. After a break it goes on where it was;
-        when that is too long ago, or after any other error, with a new list.
+        *name*: only the object of that name; who may watch no other must ask so. *keep* returns what is kept of an object
+        with the name and the version it had: of ten thousand, no more than a page is there as a whole. After a break it
+        goes on where it was; when that is too long ago, or after any other error, with a new list.
         """
+        keep = keep or _whole
         chosen = {"labelSelector": selector} | ({"fieldSelector": f"metadata.name={name}"} if name else {})
         failures = 0
         version: str | None = None
         while True:
             try:
                 if version is None:
-                    listed, version = await self._list(path, chosen)
+                    listed, version = await self._list(path, chosen, keep)
                     yield Listed(listed, version)
                 async for kind, item in self._watch(path, chosen, version):
                     version = item["metadata"]["resourceVersion"]
@@ -177,7 +181,7 @@ class Kube:
                     if kind == "BOOKMARK":
                         yield Bookmark(version)
                     else:
-                        yield Gone(item) if kind == "DELETED" else Put(item)
+                        yield Gone(keep(item)) if kind == "DELETED" else Put(keep(item))
                 await asyncio.sleep(REWATCH_S)
             except (KubeError, KeyError, TypeError) as error:
                 version = None
@@ -186,12 +190,12 @@ class Kube:
                 log.warning("watch broken", extra={"path": path, "error": str(error), "retry_s": round(delay_s, 2)})
                 await asyncio.sleep(delay_s)
 
-    async def _list(self, path: str, chosen: Mapping[str, str]) -> tuple[list[JSON], str]:
+    async def _list(self, path: str, chosen: Mapping[str, str], keep: Callable[[JSON], JSON]) -> tuple[list[JSON], str]:
         items: list[JSON] = []
         query = {**chosen, "limit": str(PAGE)}
         while True:
             page = await self._call("GET", path, query)
-            items.extend(page.get("items") or ())
+            items.extend(map(keep, page.get("items") or ()))
             if not page["metadata"].get("continue"):
                 return items, page["metadata"]["resourceVersion"]
             query = query | {"continue": page["metadata"]["continue"]}
@@ -252,6 +256,10 @@ class Kube:
                 body_text = await _within(CALL_TIMEOUT_S, response.text())
                 raise KubeError(response.status, f"{method} {path}: {_message(body_text)}")
             yield response
+
+
+def _whole(item: JSON) -> JSON:
+    return item
 
 
 async def _within(timeout_s: float, awaitable: Awaitable[Result]) -> Result:

@@ -84,7 +84,7 @@ class Cluster:
             (PROVIDERS, providers),
         ):
             self.controller.apply(kind, Listed(list(items)))
-        self.controller.apply_pods(Listed(list(pods)))
+        self.controller.apply_pods(Listed([self.controller.slim(each) for each in pods]))
 
     async def compiled(self) -> int:
         """Compile what is due; returns how many bundles were compiled."""
@@ -235,6 +235,44 @@ async def test_status_of_a_pod_is_no_reason_to_compile() -> None:
     cluster.controller.apply_pods(Put(a_pod() | {"status": {"phase": "Running"}}))
 
     assert await cluster.compiled() == 0
+
+
+def test_pods_that_get_the_same_are_held_once() -> None:
+    """Ten thousand pods are some hundred workloads: what differs by replica and decides nothing is not kept."""
+    cluster = Cluster()
+    pods = [a_pod(f"ledger-{number}") for number in range(3)]
+    for number, each in enumerate(pods):
+        each["metadata"] |= {"uid": str(number), "annotations": {"cni.projectcalico.org/podIP": f"10.0.0.{number}"}}
+    asked = a_pod("ledger-3")
+    asked["metadata"]["annotations"] = {"sidegate.dev/port": "9090"}
+    bare = [a_pod(name) for name in ("bare-0", "bare-1")]
+    for each in bare:
+        each["metadata"]["ownerReferences"] = []
+    cluster.listed(*pods, asked, *bare)
+    held = cluster.controller._pods
+    assert held is not None
+    first, second, third, other, *alone = held.values()
+
+    assert first is second is third
+    assert first.pod is not None
+    assert (first.pod.metadata.name, first.pod.annotations) == (None, {})
+    assert other is not first
+    assert other.pod is not None
+    assert other.pod.annotations == {"sidegate.dev/port": "9090"}
+    assert [each.pod.metadata.name for each in alone if each.pod] == ["bare-0", "bare-1"]
+
+
+def test_little_is_left_of_a_pod_when_it_is_read() -> None:
+    """The list of all of them is never there as a whole."""
+    item = a_pod() | {"status": {"phase": "Running", "conditions": [{}] * 9}}
+    item["metadata"] |= {"managedFields": [{}], "resourceVersion": "7", "deletionTimestamp": "now"}
+    slim = Cluster().controller.slim(item)
+
+    assert slim["metadata"] == {
+        "name": "ledger-0", "namespace": "payments", "resourceVersion": "7", "deletionTimestamp": "now",
+    }  # fmt: skip
+    assert slim["status"] == {"phase": "Running"}
+    assert slim.keys() == {"metadata", "status", "tracked"}
 
 
 def test_servers_of_a_namespace_are_known() -> None:

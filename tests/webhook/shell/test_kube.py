@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from tests.webhook.kube_server import PODS, KubeServer, connection_to
+from webhook.core.pod import JSON
 from webhook.errors import KubeError
 from webhook.shell import kube as kube_module
 from webhook.shell.kube import Bookmark, Change, Gone, Kube, Listed, Put, version_of
@@ -27,12 +28,14 @@ async def next_change(changes: "asyncio.Queue[Change]") -> Change:
 
 
 @contextlib.asynccontextmanager
-async def followed(kube: Kube, path: str) -> AsyncIterator[asyncio.Queue[Change]]:
+async def followed(
+    kube: Kube, path: str, keep: Callable[[JSON], JSON] | None = None
+) -> AsyncIterator[asyncio.Queue[Change]]:
     """Give a queue of what `follow` yields."""
     changes: asyncio.Queue[Change] = asyncio.Queue()
 
     async def follow() -> None:
-        async for change in kube.follow(path):
+        async for change in kube.follow(path, keep=keep):
             changes.put_nowait(change)
 
     async with asyncio.TaskGroup() as tasks:
@@ -58,6 +61,23 @@ async def test_missing_object_is_none_and_a_refusal_is_an_error_with_the_apis_wo
             await kube.get("/api/v1/namespaces/n/secrets/x")
 
     assert refused.value.status == 403
+
+
+async def test_what_is_followed_is_cut_as_it_comes() -> None:
+    """In a list and in events; where a list or a watch goes on is read before."""
+    server, path = KubeServer(), "/api/v1/pods"
+    server.put(path, a_pod("a"))
+    async with (
+        server.running() as kube,
+        followed(kube, path, lambda item: {"metadata": {"name": item["metadata"]["name"]}}) as changes,
+    ):
+        listed = await next_change(changes)
+        server.put(path, a_pod("b"))
+        put = await next_change(changes)
+
+    assert isinstance(listed, Listed)
+    assert listed.items == [{"metadata": {"name": "a"}}]
+    assert put == Put({"metadata": {"name": "b"}})
 
 
 async def test_conflicts_are_told_by_status() -> None:
