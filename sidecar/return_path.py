@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Final
 
 from sidecar.core.authorise import authorise
+from sidecar.core.content import merged
 from sidecar.core.limits import Reservation, admit, give_back, release, settle
 from sidecar.core.message import Message, RequestId, Shape
 from sidecar.core.review import Seen
@@ -23,7 +24,8 @@ MAX_KEPT_BYTES: Final = 2**20  # of a result for the audit record; a longer one 
 def note(seen: Seen, exchange: Exchange, memory: Memory) -> None:
     """Keep what *seen* says, a message that came on the way back of *exchange* or answers it."""
     exchange.hidden += seen.hidden
-    exchange.content += seen.found
+    if seen.found:
+        exchange.content = merged((*exchange.content, *seen.found))
     if seen.tools:
         memory.param_headers.learn(seen.tools)
     if seen.task_id is not None and exchange.principal is not None:

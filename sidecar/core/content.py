@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import msgspec
 
-from sidecar.core.detectors import DETECTORS, Span, spans
+from sidecar.core.detectors import DETECTORS, Looks, Span, spans
 from sidecar.core.message import Message, Prompt, Resource, Shape, Task, Tool
 from sidecar.core.profile import ContentRule
 from sidecar.core.splicing import ANSWER, ARGUMENTS, MAX_MARKS, RESULT, Rewriter, Scope, Unmaskable, levels
 from sidecar.errors import BundleError
 
-__all__ = ["ANSWER", "ARGUMENTS", "RESULT", "Content", "Found", "Screen", "Screened", "Unmaskable", "compiled"]
+__all__ = ["ANSWER", "ARGUMENTS", "RESULT", "Content", "Found", "Screen", "Screened", "compiled"]
 
 MASKED: Final = b"[masked]"
 REDACTED: Final = b"[redacted]"
@@ -49,7 +49,7 @@ class Screened(msgspec.Struct, frozen=True, kw_only=True):
 
     data: bytes
     found: tuple[Found, ...] = ()
-    denied: str = ""  # by which rule
+    denied: str = ""  # why it may not go on; for operators
     changes: tuple[tuple[bytes, bytes], ...] = ()  # texts and numbers that were masked: before, after
 
 
@@ -67,9 +67,12 @@ class Rule:
         """Say whether it looks at some fields only."""
         return bool(self.names or self.paths)
 
-    def find(self, text: bytes) -> list[Span]:
-        """Return where it finds something in *text*, in order; of more than can be masked, some."""
-        each = (islice(spans(text, compiled_, refine), MAX_MARKS + 1) for compiled_, refine in self.searches)
+    def find(self, text: bytes, looks: Looks | None = None) -> list[Span]:
+        """Return where it finds something in *text*, in order; of more than can be masked, some.
+
+        Raises TooManyCandidates when there are no *looks* left; None: there always are.
+        """
+        each = (islice(spans(text, compiled_, refine, looks), MAX_MARKS + 1) for compiled_, refine in self.searches)
         found = list(chain.from_iterable(each))
         return found if len(self.searches) < 2 else sorted(found)
 
@@ -112,21 +115,25 @@ class Screen:
         return any(each in folded for each in self._needles or ())
 
     def screen(self, data: bytes, scope: Scope) -> Screened:
-        """Return *data*, one JSON document, screened; raises Unmaskable, and UnicodeDecodeError."""
+        """Return *data*, one JSON document, screened; raises UnicodeDecodeError."""
         data.decode()
         if not self.may_hold(data):
             return Screened(data=data)
-        rewriter = Rewriter(self.rules, self._edits, MASKED, scope, self._in_text.search if self._in_text else _nothing)
-        rewritten = rewriter.rewrite(data)
+        suspects = self._in_text.search if self._in_text else _nothing
+        rewriter = Rewriter(self.rules, self._edits, MASKED, scope, suspects, is_free=self._needles is not None)
+        denied = ""
+        try:
+            data = rewriter.rewrite(data)
+        except Unmaskable as error:
+            denied = str(error)
         found = tuple(
             Found(rule=each.rule, where=self._where, count=rewriter.counts[each])
             for each in self.rules
             if rewriter.counts[each]
         )
-        denied = next(
-            (each.rule.name for each in found if each.rule.action == "deny" and each.rule.mode == "enforce"), ""
-        )
-        return Screened(data=rewritten, found=found, denied=denied, changes=tuple(rewriter.changes))
+        denying = (each.rule for each in found if each.rule.action == "deny" and each.rule.mode == "enforce")
+        denied = next((f"content rule {each.name}" for each in denying), denied)
+        return Screened(data=data, found=found, denied=denied, changes=tuple(rewriter.changes))
 
 
 class Content:
@@ -251,10 +258,16 @@ def _needles(rules: Sequence[Rule]) -> tuple[bytes, ...] | None:
     return tuple(sorted(name.encode() for name in names))
 
 
-def summary(found: Sequence[Found]) -> Iterator[Mapping[str, Any]]:
-    """Yield what an audit record says of *found*: never what it was."""
+def merged(found: Sequence[Found]) -> tuple[Found, ...]:
+    """Return *found* with one entry for each rule and place; a stream has no end, and finds come with every event."""
     counts: Counter[tuple[ContentRule, str]] = Counter()
     for each in found:
         counts[each.rule, each.where] += each.count
-    for (rule, where), count in counts.items():
-        yield {"rule": rule.name, "action": rule.action, "mode": rule.mode, "where": where, "count": count}
+    return tuple([Found(rule=rule, where=where, count=count) for (rule, where), count in counts.items()])
+
+
+def summary(found: Sequence[Found]) -> Iterator[Mapping[str, Any]]:
+    """Yield what an audit record says of *found*: never what it was."""
+    for each in merged(found):
+        rule = each.rule
+        yield {"rule": rule.name, "action": rule.action, "mode": rule.mode, "where": each.where, "count": each.count}

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.core.asks import ASKS, read_ask, read_url_elicitations
-from sidecar.core.content import MAX_SCREENED_BYTES, Found, Screen, Unmaskable
+from sidecar.core.content import MAX_SCREENED_BYTES, Found, Screen
 from sidecar.core.filters import Filtered, Reader, filtered
 from sidecar.core.message import MAX_ID, Message, RequestId, Resource
 from sidecar.core.replies import CODES, answer
@@ -123,15 +123,10 @@ def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge) -> Seen
         raise Refusal(
             Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_SCREENED_BYTES} to be screened"
         )
-    found: tuple[Found, ...] = ()
-    try:
-        screened = screen.screen(data, ANSWER)
-    except Unmaskable as error:
-        denied = str(error)
-    else:
-        denied, found = screened.denied and f"content rule {screened.denied}", screened.found
-        if screened.data is not data:
-            data, envelope = screened.data, _envelope.decode(screened.data)
+    screened = screen.screen(data, ANSWER)
+    if screened.data is not data:
+        data, envelope = screened.data, _envelope.decode(screened.data)
+    denied, found = screened.denied, screened.found
     seen = _withheld(envelope, denial(denied), reader) if denied else _judged(data, envelope, reader, judge)
     return msgspec.structs.replace(seen, found=found) if found else seen
 

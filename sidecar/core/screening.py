@@ -12,7 +12,7 @@ import msgspec
 
 from sidecar.core.agreement import repeated
 from sidecar.core.connection import Connection
-from sidecar.core.content import Content, Found, Screened, Unmaskable
+from sidecar.core.content import Content, Found, Screened
 from sidecar.core.message import Message
 from sidecar.core.splicing import REQUEST
 from sidecar.errors import Reason, Refusal
@@ -36,13 +36,11 @@ def screen(connection: Connection, messages: Sequence[Message], content: Content
     body = connection.body
     is_batch = body.lstrip(b" \t\r\n")[:1] == b"["
     parts = [bytes(each) for each in _elements.decode(body)] if is_batch else [body]
-    screened: list[Screened | Refusal] = [
-        _screened(part, message, content) for part, message in zip(parts, messages, strict=True)
-    ]
-    refusals = tuple(each if isinstance(each, Refusal) else _denied(each) for each in screened)
-    found = tuple(() if isinstance(each, Refusal) else each.found for each in screened)
-    left = [part if isinstance(each, Refusal) else each.data for part, each in zip(parts, screened, strict=True)]
-    changes = [change for each in screened if not isinstance(each, Refusal) for change in each.changes]
+    screened = [_screened(part, message, content) for part, message in zip(parts, messages, strict=True)]
+    refusals = tuple(denial(each.denied) if each.denied else None for each in screened)
+    found = tuple(each.found for each in screened)
+    left = [each.data for each in screened]
+    changes = [change for each in screened for change in each.changes]
     if all(new is old for new, old in zip(left, parts, strict=True)):
         return Sent(connection=connection, found=found, refusals=refusals)
     headers = [pair for pair in repeated(connection.headers, changes) if pair[0] not in DIGESTS]
@@ -50,18 +48,9 @@ def screen(connection: Connection, messages: Sequence[Message], content: Content
     return Sent(connection=made, found=found, refusals=refusals)
 
 
-def _screened(part: bytes, message: Message, content: Content) -> Screened | Refusal:
+def _screened(part: bytes, message: Message, content: Content) -> Screened:
     rules = content.requested(message)
-    if rules is None:
-        return Screened(data=part)
-    try:
-        return rules.screen(part, REQUEST)
-    except Unmaskable as error:
-        return denial(str(error))
-
-
-def _denied(screened: Screened) -> Refusal | None:
-    return denial(f"content rule {screened.denied}") if screened.denied else None
+    return Screened(data=part) if rules is None else rules.screen(part, REQUEST)
 
 
 def denial(detail: str) -> Refusal:

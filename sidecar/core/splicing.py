@@ -13,19 +13,27 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from sidecar.core.detectors import Span
+from sidecar.core.detectors import Looks, Span, TooManyCandidates
 
-MAX_MARKS: Final = 20_000  # in one message: each takes up to 50 us, and meanwhile every other call waits
+MAX_MARKS: Final = 20_000  # of one rule in one message: each takes up to 50 us, and meanwhile every other call waits
 MAX_NESTED: Final = 4  # texts within texts; what lies deeper is taken as the text that it is
-_TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
+# What stands between two tokens is taken with the second: signs are half of a document, and a step for each is dear.
+_TOKEN: Final = re.compile(rb'([\s,:]*)("[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]|[^\s{}\[\],:"]+)', re.DOTALL)
 _ESCAPE: Final = re.compile(rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.))", re.DOTALL)  # fmt: skip # noqa: E501
 _SHORT: Final = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"f": b"\f"}
+_QUOTE: Final = 34
 _COMMON: Final = ((b"\\n", b"\n"), (b'\\"', b'"'))
+_MAX_SKIM_BYTES: Final = 2**16
+_MIN_SKIM_BYTES: Final = 64
 Edit = tuple[int, int, bytes]
 
 
 class Unmaskable(Exception):  # noqa: N818 - names what was found
     """Two members of an object would get the same name, or too much would be masked; the message says which."""
+
+
+class _Full(Exception):  # noqa: N818 - names what was found
+    """Every rule has found more than is counted."""
 
 
 class Searching(Protocol):
@@ -41,8 +49,8 @@ class Searching(Protocol):
         """Say whether it looks at some members only."""
         ...
 
-    def find(self, text: bytes) -> list[Span]:
-        """Return where it finds something."""
+    def find(self, text: bytes, looks: Looks | None = None) -> list[Span]:
+        """Return where it finds something; raises TooManyCandidates."""
         ...
 
     def covers(self, path: tuple[str, ...] | None, name: str) -> bool:
@@ -93,17 +101,43 @@ class _Frame:
     wants_key: bool = True
     marked: set[bytes] = field(default_factory=set)  # names that were changed
 
-    def pass_sign(self, *, is_comma: bool) -> None:
-        """Go on behind a comma or colon."""
-        self.index += is_comma
-        self.wants_key = self.wants_key or is_comma
+
+class _Skimmer:
+    """Says of tokens that they hold nothing, many by one search: one for each would take longer than all the rest."""
+
+    def __init__(self, data: bytes, suspects: Callable[[bytes], object], *, is_free: bool) -> None:
+        self._data, self._suspects, self._is_free = data, suspects, is_free
+        self._clean = 0  # nothing is found up to here
+        self._dirty = 0  # something is, so that each is asked for itself
+        self._size = _MIN_SKIM_BYTES
+
+    def is_suspect(self, start: int, end: int) -> bool:
+        """Say whether the string, number or name between *start* and *end* may hold something that is looked for."""
+        data = self._data
+        if data[start] == _QUOTE:
+            if (
+                data.find(b"\\", start, end) >= 0 or data[start + 1] in b" [{"
+            ):  # it may be a document, or say something else
+                return True
+            start, end = start + 1, end - 1
+        if end <= self._clean:
+            return False
+        while self._is_free and start >= self._dirty and self._size > end - start:
+            if not self._suspects(data[start : start + self._size]):
+                self._clean = start + self._size
+                self._size = min(_MAX_SKIM_BYTES, 2 * self._size)
+                return False
+            if self._size == _MIN_SKIM_BYTES:
+                self._dirty = start + self._size
+            self._size = max(_MIN_SKIM_BYTES, self._size // 4)
+        return bool(self._suspects(data[start:end]))
 
 
 class Rewriter:
     """Searches by some rules, and puts a mark where *editing* ones find something. Mutated by `rewrite` only.
 
     Attributes:
-        counts: how often each rule found something.
+        counts: how often each rule found something; more than MAX_MARKS is not counted.
         changes: texts and numbers that were changed: before, after.
     """
 
@@ -114,59 +148,76 @@ class Rewriter:
         mark: bytes,
         scope: Scope,
         suspects: Callable[[bytes], object],
+        *,
+        is_free: bool = False,
     ) -> None:
-        """*suspects* says of a text whether one of *rules* could find something: most texts are asked no more."""
-        self._suspects = suspects
+        """*suspects* says of a text whether one of *rules* could find something: most texts are asked no more.
+
+        *is_free*: whatever it finds in a text it finds in what that is a part of, too; no rule is bound to an end.
+        """
+        self._suspects, self._is_free = suspects, is_free
         self._rules, self._editing, self._mark, self._scope = tuple(rules), editing, mark, scope
         self._has_limits = any(each.is_limited for each in rules)
         self._everywhere = tuple(each for each in rules if not each.is_limited)
         self.counts: Counter[Searching] = Counter()
+        self._looks = {each: Looks() for each in rules}
         self.changes: list[tuple[bytes, bytes]] = []
 
     def rewrite(self, data: bytes) -> bytes:
         """Return *data* with the marks in it; the very object when there are none. Raises Unmaskable."""
-        return _applied(data, self._walk(data, self._scope, self._everywhere, 1))
+        try:
+            return _applied(data, self._walk(data, self._scope, self._everywhere, 1))
+        except _Full:
+            return data  # no rule edits
 
-    def _walk(  # noqa: C901 - one branch for each kind of token
+    def _walk(  # noqa: C901, PLR0912 - one branch for each kind of token
         self, data: bytes, scope: Scope, base: tuple[Searching, ...], level: int
     ) -> list[Edit]:
         edits: list[Edit] = []
         top = None if scope == ARGUMENTS else ()
         stack = [_Frame(base, top, () if top is None else None, scope.only is None, is_object=False)]
+        skimmer = _Skimmer(data, self._suspects, is_free=self._is_free)
         hidden_from, hidden_depth = 0, 0  # of a container that is replaced as a whole
         is_first = True
         for token in _TOKEN.finditer(data):
-            start, end = token.span()
+            start, end = token.span(2)
             sign, frame = data[start], stack[-1]
             if hidden_depth:
                 hidden_depth += (sign in b"{[") - (sign in b"}]")
                 if not hidden_depth:
                     edits.append((hidden_from, end, b'"' + self._mark + b'"'))
-            elif sign in b",:":
-                frame.pass_sign(is_comma=sign == 44)
-            elif sign in b"}]":
+                continue
+            if b"," in token[1]:
+                frame.index += 1
+                frame.wants_key = True
+            if sign in b"}]":
                 stack.pop()
             elif frame.is_object and frame.wants_key:
                 frame.wants_key = False
-                frame.key = _decoded(data[start:end])[0].decode(errors="replace")
-                if frame.is_searched and frame.top is None:  # the names above are the protocol's
+                if self._has_limits or frame.top is not None:
+                    frame.key = _decoded(data[start:end])[0].decode(errors="replace")
+                if (
+                    frame.is_searched and frame.top is None and skimmer.is_suspect(start, end)
+                ):  # those above: the protocol's
                     edits += self._name(data, start, end, frame)
             else:
                 inner = frame if is_first else self._placed(frame, scope)
                 is_first = False
+                rules, is_plain = inner.rules, inner.rules is self._everywhere
                 if sign in b"{[":
-                    if inner.is_searched and self._is_whole(inner.rules):
+                    if inner.is_searched and not is_plain and self._is_whole(rules):
                         hidden_from, hidden_depth = start, 1
                     else:
-                        rules = tuple(each for each in inner.rules if each.searches)  # the others were counted
+                        if not is_plain:
+                            rules = tuple(each for each in rules if each.searches)  # the others were counted
                         stack.append(_Frame(rules, inner.top, inner.path, inner.is_searched, is_object=sign == 123))
-                elif inner.is_searched:
-                    edits += self._value(data, start, end, inner.rules, level)
+                elif inner.is_searched and not (is_plain and not skimmer.is_suspect(start, end)):
+                    edits += self._value(data, start, end, rules, level)
         return edits
 
     def _placed(self, parent: _Frame, scope: Scope) -> _Frame:
         """Return where the value stands that comes next in *parent*."""
-        if parent.top is None and not self._has_limits:
+        if parent.top is None and (not self._has_limits or not (parent.is_object or parent.path is not None)):
             return parent
         name = parent.key if parent.is_object else str(parent.index)
         top, path, is_searched = parent.top, parent.path, parent.is_searched
@@ -252,18 +303,31 @@ class Rewriter:
         spans: list[Span] = []
         editing = [each for each in rules if each in self._editing]
         for each in rules:
-            found = each.find(text)
-            self.counts[each] += len(found)
-            if found and each in self._editing:
-                if self.counts[each] > MAX_MARKS:
-                    raise Unmaskable(f"a rule would mask more than {MAX_MARKS} places")
-                spans += found
+            if self.counts[each] <= MAX_MARKS:
+                found = self._found(each, text)
+                if each in self._editing:
+                    spans += found
         if not spans:
             return []
         edits = [(start, end, self._mark) for start, end in _merged(spans)]
         # A mark may complete what stands around it.
         new = _applied(text, edits)
         return [(0, len(text), self._mark)] if any(each.find(new) for each in editing) else edits
+
+    def _found(self, rule: Searching, text: bytes) -> list[Span]:
+        """Return where *rule* finds something, and count it; raises Unmaskable, and _Full when no rule counts on."""
+        try:
+            found = rule.find(text, self._looks[rule])
+            self.counts[rule] += len(found)
+        except TooManyCandidates:
+            found, self.counts[rule] = [], MAX_MARKS + 1
+        if self.counts[rule] > MAX_MARKS:
+            self.counts[rule] = MAX_MARKS + 1
+            if rule in self._editing:
+                raise Unmaskable(f"a rule would mask more than {MAX_MARKS} places")
+            if not self._editing and all(self.counts[each] > MAX_MARKS for each in self._rules):
+                raise _Full
+        return found
 
 
 def levels(data: bytes) -> Iterator[bytes | None]:

@@ -7,6 +7,7 @@ import pytest
 from msgspec import Raw
 
 from sidecar import return_path as module
+from sidecar.core.content import Found
 from sidecar.core.message import Ask, Message, Shape
 from sidecar.core.profile import Limit
 from sidecar.core.review import Seen
@@ -16,6 +17,7 @@ from sidecar.pipeline import Memory, scope
 from sidecar.return_path import judge_ask, note, open_endpoint
 from tests.builders import STREAM, a_permit, a_principal, a_snapshot, an_exchange
 from tests.fakes import FakeEngine, allowing
+from tests.sidecar.core.contents import a_rule
 
 RESULT = b'{"id":7,"result":{}}'
 
@@ -25,6 +27,15 @@ def under_way(message: Message | None = None, *, session_id: str | None = "s1") 
     permit = a_permit() if message is None else a_permit(message)
     exchange = an_exchange(message=permit.question.message)
     return replace(exchange, permit=permit, principal=a_principal(), session_id=session_id)
+
+
+def test_what_content_rules_find_on_a_stream_is_added_up() -> None:
+    """It has no end: an entry for each event would fill the memory."""
+    exchange = under_way()
+    for count in (1, 2):
+        note(Seen(data=b"", found=(Found(rule=a_rule(regex="x"), where="results", count=count),)), exchange, Memory())
+
+    assert [each.count for each in exchange.content] == [3]
 
 
 @pytest.mark.parametrize(("answers", "is_kept"), [(7, True), (8, False), ("7", False), (None, False)])

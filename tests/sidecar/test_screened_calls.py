@@ -15,6 +15,7 @@ from sidecar.core.limits import Admission
 from sidecar.core.message import Tool
 from sidecar.core.ownership import tasks
 from sidecar.core.profile import ContentRule
+from sidecar.core.splicing import MAX_MARKS
 from sidecar.errors import Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Batch, Memory, Snapshot, judge
@@ -119,6 +120,18 @@ def test_a_denied_call_is_on_record_without_what_it_held() -> None:
     ]
     assert document["arguments"]["content"] == {"key": "[redacted]", "n": 1}
     assert KEY not in orjson.dumps(document)
+
+
+def test_a_call_that_holds_too_much_to_be_masked_is_on_record_without_it() -> None:
+    """It is refused; what was found in it must not stand in the audit instead."""
+    secrets = a_call("read_schema", {"key": [KEY.decode()] * (MAX_MARKS + 1)})
+    exchange, refusal = judged(a_connection(secrets), a_screening_snapshot())
+    assert isinstance(refusal, Refusal)
+    written = line(exchange)
+
+    assert (refusal.reason, refusal.detail) == (Reason.DENIED, f"a rule would mask more than {MAX_MARKS} places")
+    assert KEY not in written
+    assert orjson.loads(written)["decision"]["content"][0]["count"] == MAX_MARKS + 1
 
 
 def test_one_denied_message_keeps_a_batch_from_being_sent() -> None:

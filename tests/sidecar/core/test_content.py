@@ -69,7 +69,7 @@ def test_what_was_found_is_counted_and_never_told() -> None:
     screened = screen.screen(message.body, REQUEST)
 
     assert screened.data == message.body.replace(KEY, b"[masked]")
-    assert screened.denied == "asked"
+    assert screened.denied == "content rule asked"
     assert list(summary(screened.found)) == [
         {"rule": "everywhere", "action": "mask", "mode": "enforce", "where": "arguments", "count": 3},
         {"rule": "asked", "action": "deny", "mode": "enforce", "where": "arguments", "count": 2},

@@ -1,6 +1,7 @@
 """sidecar.core.splicing: parts of texts are replaced, and every other byte stays."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -8,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.core.content import Content
+from sidecar.core.detectors import MAX_LOOKS
+from sidecar.core.message import parse
 from sidecar.core.profile import ContentRule
 from sidecar.core.splicing import ANSWER, ARGUMENTS, MAX_MARKS, REQUEST, Rewriter, Scope, Unmaskable, levels
+from tests.builders import a_call
 from tests.sidecar.core.contents import KEY, a_rule
 
 MARK = b"[masked]"
@@ -210,3 +214,92 @@ def test_what_would_take_more_marks_than_time_allows_cannot_be_masked(value: str
     """Every other call would wait for it."""
     with pytest.raises(Unmaskable, match=f"more than {MAX_MARKS} places"):
         rewritten(json.dumps(value).encode(), a_rule(patterns=("email",)))
+
+
+class Counting:
+    """An expression that counts how often it is asked."""
+
+    def __init__(self, expression: Any) -> None:
+        self.times, self._expression = 0, expression
+
+    def __call__(self, text: bytes) -> object:
+        """Search *text*."""
+        self.times += 1
+        return self._expression.search(text)
+
+
+def counted(data: bytes, *rules: ContentRule) -> tuple[list[int], int]:
+    """How often each of *rules*, none of which masks, found something in *data*, and how many texts were searched."""
+    ready = Content(rules)._rules
+    searches = Counting(re.compile(b"|".join(each.searches[0][0].pattern for each in ready)))
+    rewriter = Rewriter(ready, frozenset(), MARK, ARGUMENTS, searches, is_free=True)
+
+    assert rewriter.rewrite(data) is data
+    return [rewriter.counts[each] for each in ready], searches.times
+
+
+def test_what_is_not_masked_is_counted_only_so_far() -> None:
+    """A message full of it must not hold up every other call: when no rule counts on, the rest is not read."""
+    many = json.dumps(["a@b.test"] * (3 * MAX_MARKS)).encode()
+    (found,), searches = counted(many, a_rule(regex="a@b", action="deny"))
+    assert found == MAX_MARKS + 1
+    assert searches < 3 * MAX_MARKS
+
+    key = json.dumps(["a@b.test"] * (MAX_MARKS + 9) + [KEY.decode()]).encode()
+    both, _ = counted(key, a_rule(regex="a@b", action="redact"), a_rule("keys", regex="AKIA", mode="shadow"))
+    assert both == [MAX_MARKS + 1, 1]
+
+
+@pytest.mark.parametrize("value", ["000-12-3456 " * (MAX_LOOKS + 1), ["000-12-3456"] * (MAX_LOOKS + 1), "2 " * 10**6])
+def test_what_only_looks_like_it_is_checked_only_so_often(value: str | list[str]) -> None:
+    """Candidates cost more than what is no match at all; whoever sends too many is treated as if all were matches."""
+    data = json.dumps(value).encode()
+    rule = a_rule(patterns=("us-ssn", "credit-card"))
+    with pytest.raises(Unmaskable, match="more than"):
+        rewritten(data, rule)
+
+    (ready,) = Content([a_rule(patterns=("us-ssn", "credit-card"), action="redact")])._rules
+    rewriter = Rewriter([ready], frozenset(), MARK, ARGUMENTS, bool)
+    assert rewriter.rewrite(data) is data
+    assert rewriter.counts[ready] == MAX_MARKS + 1
+
+
+def test_fields_that_are_masked_are_masked_however_much_else_is_found() -> None:
+    """A rule that only counts must not end what another one does."""
+    data = json.dumps([{"ssn": 1}] * (MAX_MARKS + 1) + ["a@b.test"] * (MAX_MARKS + 1)).encode()
+    field, counting = Content([a_rule("field", fields=("ssn",)), a_rule(regex="a@b", action="redact")])._rules
+    made = Rewriter([field, counting], frozenset([field]), MARK, ARGUMENTS, bool).rewrite(data)
+
+    assert made.count(MARK) == MAX_MARKS + 1
+
+
+def test_many_texts_are_searched_at_once() -> None:
+    """A search for each of a million numbers takes seconds."""
+    data = json.dumps([{"n": number, "t": "text"} for number in range(20_000)] + ["a@b.test"]).encode()
+    found, searches = counted(data, a_rule(regex="a@b", action="deny"))
+
+    assert found == [1]
+    assert searches < 100
+
+
+@given(VALUES, st.lists(VALUES, max_size=40), EXPRESSIONS, st.booleans())
+def test_searching_many_texts_at_once_misses_nothing(
+    value: Any, more: list[Any], expression: str, is_ascii: bool
+) -> None:
+    """The same is found, and the same is left."""
+    screen = Content([a_rule(regex=expression)]).answered(parse(a_call("a")))
+    assert screen is not None
+    (rule,) = screen.rules
+    data = json.dumps({"result": [*more, value, {"t": json.dumps(value)}]}, ensure_ascii=is_ascii).encode()
+    slow = Rewriter([rule], frozenset([rule]), MARK, ANSWER, bool)
+    try:
+        expected = slow.rewrite(data)
+    except Unmaskable:
+        assert screen.screen(data, ANSWER).denied
+        return
+
+    screened = screen.screen(data, ANSWER)
+    assert (screened.data, [each.count for each in screened.found]) == (
+        expected,
+        [slow.counts[rule]] if slow.counts[rule] else [],
+    )
