@@ -24,29 +24,39 @@ class Batch:
 
     lines: tuple[bytes, ...]
     documents: tuple[Mapping[str, Any], ...]
+    places: tuple[tuple[int, int], ...]  # of the bytes behind each line, and how many before it were left out
     torn: int  # lines that were left out
     size_bytes: int  # of all that was read, which is how far the next batch is
 
     def half(self) -> "Batch":
         """Return the first half, for a receiver to which all of it was too large."""
         count = max(1, len(self.lines) // 2)
-        lines = self.lines[:count]
-        size_bytes = sum(map(len, lines)) if count < len(self.lines) else self.size_bytes
-        return Batch(lines=lines, documents=self.documents[:count], torn=0, size_bytes=size_bytes)
+        if count == len(self.lines):
+            return self
+        size_bytes, torn = self.places[count - 1]
+        return Batch(
+            lines=self.lines[:count],
+            documents=self.documents[:count],
+            places=self.places[:count],
+            torn=torn,
+            size_bytes=size_bytes,
+        )
 
 
 def read(data: bytes, *, is_last: bool) -> Batch:
     """Return the batch of whole lines in *data*; the rest of a file that is not added to any more is left out."""
     end = len(data) if is_last else data.rfind(b"\n") + 1
-    lines, documents, torn = [], [], 0
+    lines, documents, places, behind, torn = [], [], [], 0, 0
     for line in data[:end].splitlines(keepends=True):
         document = _read(line)
+        behind += len(line)
         if document is None:
             torn += line != b"\n"
         else:
             lines.append(line)
             documents.append(document)
-    return Batch(lines=tuple(lines), documents=tuple(documents), torn=torn, size_bytes=end)
+            places.append((behind, torn))
+    return Batch(lines=tuple(lines), documents=tuple(documents), places=tuple(places), torn=torn, size_bytes=end)
 
 
 def otlp(batch: Batch, resource: Mapping[str, str]) -> bytes:

@@ -135,7 +135,7 @@ class BundleSource:
                 self.detail = str(error)
                 failures += 1
                 wait_s = RETRY_S[0] * 2 ** min(failures, 10) if error.retry_after_s is None else error.retry_after_s
-                await _pause(min(RETRY_S[1], wait_s))
+                await _pause(min(RETRY_S[1], max(RETRY_S[0], wait_s)))
                 continue
             failures = 0
             self.detail = f"bundle refused: {self._refused}" if self._refused else "confirmed"

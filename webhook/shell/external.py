@@ -29,6 +29,7 @@ ANSWER_S: Final = 15.0
 LOOK_S: Final = 1.0  # how soon a newly named bundle is fetched
 RETRY_S: Final = 10.0  # after a failure, or as often as it is polled anyway
 MAX_SOURCES: Final = 256
+AT_ONCE: Final = 8  # whose contents are taken in: a hundred MB each, when they are as large as may be
 
 
 class Source:
@@ -60,6 +61,7 @@ class External:
         self._changed = changed
         self._clock = clock
         self._sources: dict[BundleSpec, Source] = {}
+        self._taking = asyncio.Semaphore(AT_ONCE)
 
     def use(self, wanted: Iterable[BundleSpec]) -> None:
         """Keep the bundles *wanted*, and forget all others."""
@@ -130,20 +132,28 @@ class External:
         if source.etag:
             headers["If-None-Match"] = source.etag
         async with (
-            asyncio.timeout(ANSWER_S),
+            asyncio.timeout(ANSWER_S) as deadline,
             session.get(spec.url, ssl=context, headers=headers, allow_redirects=False) as response,
         ):
             if response.status == 304 and source.fetched is not None:
                 return
             if response.status != 200:
                 raise BundleError(f"HTTP {response.status}")
-            limit = Limits().packed_bytes
-            packed = bytearray()
-            async for piece in response.content.iter_any():
-                packed += piece
-                if len(packed) > limit:
-                    raise BundleError(f"bundle: larger than {limit} bytes")
-            etag = response.headers.get("ETag", "")
-        # On a thread: a second a MB of data, in which admission is to be served.
-        source.fetched = await asyncio.to_thread(read, bytes(packed), spec)
-        source.etag = etag
+            deadline.reschedule(None)  # to wait for others is no fault of this server
+            async with self._taking:
+                deadline.reschedule(asyncio.get_running_loop().time() + ANSWER_S)
+                packed = await _body(response, Limits().packed_bytes)
+                deadline.reschedule(None)
+                # On a thread: a second a MB of data, in which admission is to be served.
+                source.fetched = await asyncio.to_thread(read, packed, spec)
+            source.etag = response.headers.get("ETag", "")
+
+
+async def _body(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    """Return the body. Raises BundleError beyond *limit_bytes*."""
+    packed = bytearray()
+    async for piece in response.content.iter_any():
+        packed += piece
+        if len(packed) > limit_bytes:
+            raise BundleError(f"bundle: larger than {limit_bytes} bytes")
+    return bytes(packed)

@@ -7,6 +7,7 @@ compiled by itself, once for each generation, and is believed what its status sa
 
 import asyncio
 import logging
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +37,7 @@ RESOURCES_AT_ONCE: Final = 200  # 4 ms
 SETTLE_S: Final = 5.0
 ECHO_S: Final = 10.0  # until what was written is seen again; then it is written again
 MAX_WRITES: Final = 20  # a second
+RETRY_MAX_S: Final = 600.0  # of what the API server refuses; doubled from ECHO_S until then
 MAX_TRIALS: Final = 4  # a step; each may take seconds
 TRIAL_TIMEOUT_S: Final = 10.0
 MANAGER: Final = "sidegate-status"
@@ -44,10 +46,12 @@ _PLURALS: Final[Mapping[str, str]] = {kind.name: kind.plural for kind in resourc
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The last write of a resource's status, and when (Unix time)."""
+    """The last write of a resource's status, and when (Unix time); *failures* in a row, when it was not taken."""
 
     status: Mapping[str, Any]
     at_s: float
+    generation: int
+    failures: int = 0
 
 
 class Statuses:
@@ -102,16 +106,19 @@ class Statuses:
         for source in (self._written.keys() | self._trials.keys()) - held.keys():
             self._written.pop(source, None)
             self._trials.pop(source, None)
-        written, most = 0, max(1, int(MAX_WRITES * self._period_s()))
+        due: list[tuple[float, Source, Mapping[str, Any]]] = []
         for number, (source, each) in enumerate(held.items()):
             if number % RESOURCES_AT_ONCE == 0:
                 await asyncio.sleep(0)
             wanted = self._wanted(source, each, tallies.get(source, Tally()), now)
-            if wanted is None or written >= most:
-                continue
-            await self._write(source, wanted, now)
-            written += 1
-        return written
+            if wanted is not None:
+                due.append((self._written[source].at_s if source in self._written else 0.0, source, wanted))
+        # Who was written longest ago first: some that change all the time leave the others their share.
+        due.sort(key=operator.itemgetter(0))
+        chosen = due[: max(1, int(MAX_WRITES * self._period_s()))]
+        for _, source, wanted in chosen:
+            await self._write(source, wanted, held[source].generation, now)
+        return len(chosen)
 
     async def _tally(self, heard: Mapping[PodKey, Report]) -> dict[Source, Tally]:
         """Count, a few pods at a time: admission is served by the same loop."""
@@ -138,6 +145,8 @@ class Statuses:
         last = self._written.get(source)
         if last is not None:
             age_s = now.timestamp() - last.at_s
+            if last.failures and last.generation == held.generation and age_s < _pause_s(last.failures):
+                return None
             if age_s < ECHO_S and last.status == wanted:
                 return None
             if age_s < SETTLE_S and _essence(last.status) == _essence(wanted):
@@ -171,20 +180,27 @@ class Statuses:
             else:
                 self._trials[source] = (each.generation, "")
 
-    async def _write(self, source: Source, status: Mapping[str, Any], now: datetime) -> None:
+    async def _write(self, source: Source, status: Mapping[str, Any], generation: int, now: datetime) -> None:
         kind, namespace, name = source
         where = f"namespaces/{namespace}/" if namespace else ""
         path = f"/apis/sidegate.dev/{resources.VERSION}/{where}{_PLURALS[kind]}/{name}/status?fieldManager={MANAGER}"
-        self._written[source] = Written(status, now.timestamp())
+        failures = self._written[source].failures if source in self._written else 0
+        self._written[source] = Written(status, now.timestamp(), generation)
         try:
             await self._kube.merge_object(path, {"status": dict(status)})
         except KubeError as error:
             if not error.status:
                 raise
+            self._written[source] = Written(status, now.timestamp(), generation, failures + 1)
             if error.status != 404:  # deleted meanwhile
                 log.warning("status not written", extra={"resource": "/".join(source), "error": str(error)})
         else:
             self._metrics.status_writes.inc()
+
+
+def _pause_s(failures: int) -> float:
+    """Return after how long what was refused so often in a row is tried again."""
+    return float(min(RETRY_MAX_S, ECHO_S * 2 ** min(failures - 1, 10)))
 
 
 def _essence(status: Mapping[str, Any]) -> list[tuple[Any, ...]]:

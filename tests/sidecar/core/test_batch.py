@@ -64,6 +64,19 @@ def test_halves_end_at_one_line() -> None:
     assert half.half() == half
 
 
+def test_half_counts_what_was_left_out_of_it() -> None:
+    """The next batch begins at a line, behind what was cut short as well; nothing is sent twice."""
+    first, second, third = lines()
+    data = first[:50] + b"\n\n" + first + second[:50] + b"\n" + second + third[:50] + b"\n" + third
+    half = read(data, is_last=False).half()
+    rest = read(data[half.size_bytes :], is_last=False)
+
+    assert (half.lines, half.torn) == ((first,), 1)
+    assert (rest.lines, rest.torn) == ((second, third), 2)
+    assert rest.half().lines == (second,)
+    assert read(first[:50] + b"\n" + first + third[:50] + b"\n", is_last=False).half().torn == 2
+
+
 def test_otlp_is_what_the_protocol_says_and_holds_the_lines_themselves() -> None:
     """Read by the protocol's own messages; the chain can still be verified behind the receiver."""
     whole = lines()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -96,6 +97,33 @@ async def test_bundle_is_polled_and_told_when_it_has_changed() -> None:
     assert server.answered == [200, 304, 304, 200]
     assert rig.external(spec).rego == {"q.rego": REGO.decode()}
     assert rig.changed == [spec, spec]
+
+
+async def test_few_bundles_are_taken_in_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may be a hundred MB while it is read; hundreds may be due together."""
+    taking, most, lock = 0, 0, threading.Lock()
+
+    def counted(packed: bytes, spec: BundleSpec) -> Fetched:
+        nonlocal taking, most
+        with lock:
+            taking += 1
+            most = max(most, taking)
+        together.wait(0.1)
+        with lock:
+            taking -= 1
+        return read(packed, spec)
+
+    together = threading.Event()  # never set: time for the others to come
+    monkeypatch.setattr(module, "AT_ONCE", 2)
+    monkeypatch.setattr(module, "read", counted)
+    rig = Rig()
+    async with Server(signed({"p.rego": ALLOWING})).running() as server:
+        specs = [msgspec.structs.replace(server.spec(), url=f"{server.url}?{number}") for number in range(6)]
+        rig.external.use(specs)
+        await rig.after(0)
+
+    assert most == 2
+    assert all(rig.external(spec).rego for spec in specs)
 
 
 @pytest.mark.parametrize(

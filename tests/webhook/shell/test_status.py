@@ -174,6 +174,38 @@ async def test_writes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [await plane.step(after_s=1) for _ in range(4)] == [2, 2, 1, 0]
 
 
+async def test_what_is_refused_for_ever_leaves_the_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred resources whose status some webhook forbids must not hold up a good one, nor be written all the time."""
+    monkeypatch.setattr(status, "MAX_WRITES", 2)
+    async with running() as plane:
+        names = [f"p{number}" for number in range(9)]
+        await plane.listed(*(a_policy(name) for name in names))
+        for name in names[:8]:  # all but the last are gone from the API server, and stay in what was listed
+            plane.server.delete(POLICIES, f"payments/{name}")
+        writes = [await plane.step(after_s=1) for _ in range(120)]
+        refused, after = sum(writes[:60]), sum(writes[60:])
+
+        assert plane.status("p8")["Accepted"] == ("True", "Selects")
+        assert (refused, after) == (8 * 3 + 12, 8 + 12)  # after 0, 10, 30 and 70 s; the good one, as its echo never comes
+        plane.cluster.controller.apply(POLICY, Put(plane.server.put(POLICIES, a_policy("p0", generation=2))))
+        await plane.cluster.compiled()
+        await plane.step(after_s=1)
+        assert plane.status("p0")["Accepted"] == ("True", "Selects")  # mended: not the time to be patient
+
+
+async def test_who_was_written_longest_ago_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts that change all the time during a roll-out do not take the turn of what has had none yet."""
+    monkeypatch.setattr(status, "MAX_WRITES", 1)
+    async with running() as plane:
+        await plane.listed(a_policy("p0"), a_policy("p1"))
+        assert await plane.step() == 1
+        plane.echo()
+        plane.say(0)
+        assert await plane.step(after_s=SETTLE_S + 1) == 1  # p0 is due again
+
+        assert plane.status("p1")["distributed"] == "1/2"
+
+
 async def test_a_broken_policy_says_line_and_column_and_the_last_good_one_stays() -> None:
     """It came in while the validating webhook was away."""
     async with running() as plane:
