@@ -4,9 +4,10 @@ The counterpart of sidecar/pipeline.py: a response ends an exchange, may give it
 headers repeat a tool's arguments; a request to the client is judged like one to the server. Pure.
 """
 
-from dataclasses import replace
 from hashlib import sha256
 from typing import Final
+
+import msgspec
 
 from sidecar.core.authorise import authorise
 from sidecar.core.content import merged
@@ -59,7 +60,7 @@ def judge_ask(
 ) -> None:
     """Judge *message*, which the server asks on the way back of *carrier*; raises Refusal. *exchange* is filled in."""
     assert carrier.permit is not None  # noqa: S101 - nothing comes back without
-    question = replace(carrier.permit.question, message=message, time_ns=exchange.started_ns)
+    question = msgspec.structs.replace(carrier.permit.question, message=message, time_ns=exchange.started_ns)
     exchange.message = message
     adopt(exchange, of_message(message.params))
     permit = exchange.permit = authorise(question, snapshot.engines, snapshot.revision)

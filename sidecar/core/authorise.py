@@ -5,9 +5,11 @@ Permit (tests/architecture). The document that both engines see is versioned: it
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Protocol
+
+import msgspec
 
 from sidecar.core.identity import Principal
 from sidecar.core.message import Ask, Listing, Message, Prompt, Resource, Subscription, Task, Tool
@@ -24,8 +26,9 @@ class Agent:
     client_version: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class Question(
+    msgspec.Struct, frozen=True, kw_only=True
+):  # made for every call, eight times as fast as a frozen dataclass
     """May *principal* send *message* to *server*? `time_ns` is Unix time."""
 
     principal: Principal
@@ -200,8 +203,7 @@ class Difference:
     allowed: bool  # by the shadow
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Permit:
+class Permit(msgspec.Struct, frozen=True, kw_only=True):  # as Question is
     """Proof that a message was authorised; *policies* are those that allowed it."""
 
     question: Question
@@ -262,7 +264,7 @@ def _subscribe(question: Question, wanted: Subscription, engines: Sequence[Engin
     policies: list[str] = []
     for uri in wanted.resources:
         resource = Resource(uri=uri)
-        verdict = judge(replace(question, message=question.message.about(resource)), engines)
+        verdict = judge(msgspec.structs.replace(question, message=question.message.about(resource)), engines)
         if not verdict.allowed:
             raise _denied(question.message.method, resource.label, verdict)
         policies.extend(verdict.policies)
@@ -284,6 +286,7 @@ def visible(
     """
     asked = permit.question
     return [
-        not isinstance(target, Task) and judge(replace(asked, message=asked.message.about(target)), engines).allowed
+        not isinstance(target, Task)
+        and judge(msgspec.structs.replace(asked, message=asked.message.about(target)), engines).allowed
         for target in targets
     ]

@@ -1,7 +1,6 @@
 """sidecar.core.authorise: nothing but a clean allow of every engine makes a permit."""
 
-from dataclasses import replace
-
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -230,7 +229,7 @@ def test_a_subscription_without_resources_needs_no_rule() -> None:
 def test_what_the_server_asks_needs_a_rule(method: str) -> None:
     """Nothing is allowed by default, and none of the rules for calls is about it."""
     asked = a_question(a_call())
-    asked = replace(asked, message=asked.message.about(Ask(method=method)))
+    asked = msgspec.structs.replace(asked, message=asked.message.about(Ask(method=method)))
 
     assert authorise(asked, [FakeEngine(verdict=Verdict(allowed=True, policies=("p",)))], "r1").policies == ("p",)
     with pytest.raises(Refusal, match="on the client"):
@@ -240,7 +239,7 @@ def test_what_the_server_asks_needs_a_rule(method: str) -> None:
 def test_an_elicitation_is_in_the_document() -> None:
     """How and where the human is asked; other requests of the server's have none."""
     asked = a_question(a_call())
-    by_url = replace(
+    by_url = msgspec.structs.replace(
         asked, message=asked.message.about(Ask(method="elicitation/create", mode="url", url="https://a.test"))
     )
     document = by_url.document()
@@ -250,7 +249,10 @@ def test_an_elicitation_is_in_the_document() -> None:
         {"mode": "url", "url": "https://a.test"},
     )
     assert (document["tool"], document["prompt"], document["resource"]) == (None, None, None)
-    assert replace(asked, message=asked.message.about(Ask(method="roots/list"))).document()["elicitation"] is None
+    assert (
+        msgspec.structs.replace(asked, message=asked.message.about(Ask(method="roots/list"))).document()["elicitation"]
+        is None
+    )
 
 
 @given(VERDICTS, st.sampled_from(["namespace/a", "cluster/b"]))

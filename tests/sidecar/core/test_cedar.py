@@ -1,10 +1,10 @@
 """sidecar/core/cedar.py: how a question becomes Cedar's request, and that no error ever permits."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import cedarpy
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -265,7 +265,7 @@ def test_a_further_forbid_never_permits(rules: list[str], condition: str, tool: 
 def asked(target: Ask) -> Question:
     """Return the question whether the server may ask *target*."""
     question = a_question()
-    return replace(question, message=question.message.about(target))
+    return msgspec.structs.replace(question, message=question.message.about(target))
 
 
 def test_what_the_server_asks_is_about_the_server() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def questions(draw: st.DrawFn) -> Question:
     asked = a_question("x", user=user, nobody=user is None, workload=draw(st.sampled_from([None, WORKLOAD])))
     target = draw(TARGETS)
     agent, version = Agent(session=draw(st.sampled_from([None, "s"]))), draw(st.sampled_from([None, "v"]))
-    return replace(asked, message=asked.message.about(target), agent=agent, protocol_version=version)
+    return msgspec.structs.replace(asked, message=asked.message.about(target), agent=agent, protocol_version=version)
 
 
 @given(READS, st.lists(questions(), min_size=1, max_size=8))

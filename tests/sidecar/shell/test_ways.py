@@ -1,8 +1,8 @@
 """sidecar.shell.ways: the profile that judged a message says where it goes."""
 
-from dataclasses import replace
 from typing import Any, Literal, cast
 
+import msgspec
 import pytest
 
 from sidecar.shell.stdio import Stdio
@@ -32,8 +32,9 @@ def test_the_transport_says_which_way(transport: Literal["http", "sse", "stdio"]
     http, stdio = FakeWay(), FakeWay()
     ways = Ways(http=cast("Upstream", http), stdio=cast("Stdio", stdio))
     admission = an_admission()
-    question = replace(admission.permit.question, server=a_server(transport=transport))
-    admission = replace(admission, permit=replace(admission.permit, question=question))
+    question = msgspec.structs.replace(admission.permit.question, server=a_server(transport=transport))
+    permit = msgspec.structs.replace(admission.permit, question=question)
+    admission = msgspec.structs.replace(admission, permit=permit)
     exchange = an_exchange()
     exchange.permit = admission.permit
 
