@@ -11,6 +11,7 @@ from enum import Enum, auto
 from typing import Final
 
 from sidecar.core.connection import Headers
+from sidecar.core.content import Screen
 from sidecar.core.endpoint import target_of
 from sidecar.core.filters import Reader
 from sidecar.core.message import Listing
@@ -84,17 +85,17 @@ class Answer:
         if self.mode is Mode.AS_IT_COMES:
             if self._hash is not None:
                 return self._counted(piece)
-            if self._reader.screen is not None and not self._is_whole_answer:
+            if self._is_screened and not self._is_whole_answer:
                 return b""  # the status says it all; nobody can say what stands here
             # Some client might look at no type.
-            if piece and self._is_whole_answer and (self._reader.screen is not None or self._may_hold_lists()):
+            if piece and self._is_whole_answer and (self._is_screened or self._may_hold_lists()):
                 raise Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail="content type")
             return piece
         self._held += piece
         if len(self._held) <= MAX_HELD_BYTES:
             return b""
         if (
-            self._may_hold_lists() or self._reader.screen is not None or self._reader.revision.is_modern
+            self._may_hold_lists() or self._is_screened or self._reader.revision.is_modern
         ):  # which asks the client in results
             raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_HELD_BYTES}")
         self.mode = Mode.AS_IT_COMES  # a tool's result has nothing to filter: it need not be whole
@@ -102,6 +103,12 @@ class Answer:
         self._held.clear()
         self._hash = hashlib.sha256()
         return self._counted(held)
+
+    @property
+    def _is_screened(self) -> bool:
+        """Say whether content rules hold for the answer itself."""
+        screen = self._reader.screen
+        return screen is not None and not screen.is_beside
 
     def _may_hold_lists(self) -> bool:
         """Say whether the answer must be read to be passed: that of a listing, or of a batch, which may hold one."""
@@ -122,7 +129,7 @@ class Answer:
             rest = self._review(held)
         except Refusal:
             if self._is_error:
-                return held if self._reader.screen is None else b""
+                return b"" if self._is_screened else held
             raise
         if not rest:
             raise Refusal(Reason.UPSTREAM, "the server did not answer", detail="nothing of its answer may pass")
@@ -146,6 +153,8 @@ class Answer:
         return b"".join([self._event(event) for event in events])
 
     def _event(self, event: Event) -> bytes:
+        if self._reader.screen is not None:
+            event = self._pruned(event, self._reader.screen)
         if event.data is not None:
             data = self._review(event.data)
             if data is event.data:
@@ -156,6 +165,18 @@ class Answer:
             told = self.endpoint.encode()
             return event.raw if told == event.endpoint else event.replaced(told)
         return event.raw
+
+    def _pruned(self, event: Event, screen: Screen) -> Event:
+        """Return *event* without what content rules find in it beside its message, and note that."""
+
+        def keeps(line: bytes) -> bytes:
+            looked = screen.look(line)
+            if looked.found:
+                self.seen.append(Seen(data=b"", found=looked.found))
+            return looked.data
+
+        is_told = event.endpoint is not None and self._stream_path is not None
+        return event.pruned(keeps, has_message=event.data is not None or is_told)
 
     def _review(self, data: bytes) -> bytes:
         """Return *data* as the client may see it; the very object when nothing was changed."""

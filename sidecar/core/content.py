@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sidecar.core.detectors import DETECTORS, Looks, Span, spans
+from sidecar.core.detectors import DETECTORS, Looks, Span, TooManyCandidates, spans
 from sidecar.core.message import Message, Prompt, Resource, Shape, Task, Tool
 from sidecar.core.profile import ContentRule
 from sidecar.core.splicing import ANSWER, ARGUMENTS, MAX_MARKS, RESULT, Rewriter, Scope, Unmaskable, levels
@@ -94,8 +94,9 @@ def fold(name: str) -> str:
 class Screen:
     """The rules that hold for one message, or for what comes back to it."""
 
-    def __init__(self, rules: Sequence[Rule], where: str) -> None:
-        self.rules, self._where = tuple(rules), where
+    def __init__(self, rules: Sequence[Rule], where: str, *, is_beside: bool) -> None:
+        """*is_beside*: they hold for what travels beside the answer, and not for that: it is a listing or an agreement."""
+        self.rules, self._where, self.is_beside = tuple(rules), where, is_beside
         self._expression = _alternatives([each.rule for each in rules if not each.is_limited])
         self._in_text = _alternatives([each.rule for each in rules])
         self._needles = _needles(rules)
@@ -135,6 +136,21 @@ class Screen:
         denied = next((f"content rule {each.name}" for each in denying), denied)
         return Screened(data=data, found=found, denied=denied, changes=tuple(rewriter.changes))
 
+    def look(self, text: bytes) -> Screened:
+        """Return *text*, which is no JSON, or nothing where a rule would mask some of it or denies it."""
+        if self._expression is None or self._expression.search(text) is None:
+            return Screened(data=text)
+        found = []
+        for each in self.rules:
+            try:
+                count = 0 if each.is_limited else len(each.find(text, Looks()))
+            except TooManyCandidates:
+                count = MAX_MARKS + 1
+            if count:
+                found.append(Found(rule=each.rule, where=self._where, count=count))
+        is_held = any(each.rule.action != "redact" and each.rule.mode == "enforce" for each in found)
+        return Screened(data=b"" if is_held else text, found=tuple(found))
+
 
 class Content:
     """The content rules of a profile; immutable."""
@@ -142,7 +158,7 @@ class Content:
     def __init__(self, rules: Sequence[ContentRule]) -> None:
         """Compile *rules*; raises BundleError naming the rule and what is wrong with it."""
         self._rules = tuple(_rule(each) for each in rules)
-        self._screens: dict[tuple[Rule, ...], tuple[Screen, Screen]] = {}
+        self._screens: dict[tuple[tuple[Rule, ...], str, bool], Screen] = {}
 
     def requested(self, message: Message) -> Screen | None:
         """Return what screens *message*, which a client sends; None: nothing does."""
@@ -155,15 +171,15 @@ class Content:
     def answered(self, message: Message) -> Screen | None:
         """Return what screens what the server says on the way back of *message*; None: nothing does.
 
-        Where it is not known which tool answers, on a stream of its own or for a task, rules for tools hold for all.
+        Where it is not known which tool speaks, on a stream of its own, beside a listing or for a task, rules for tools
+        hold for all.
         """
         target = message.target
         is_batch = message.body.lstrip(b" \t\r\n")[:1] == b"["  # whose answer holds those to its other messages, too
-        if not is_batch and (message.method in _BARE or (target is not None and message.method.endswith("/list"))):
-            return None
-        is_any = message.shape is not Shape.REQUEST or isinstance(target, Task) or is_batch
+        is_bare = message.method in _BARE or (target is not None and message.method.endswith("/list"))
+        is_any = is_bare or message.shape is not Shape.REQUEST or isinstance(target, Task) or is_batch
         name = None if is_any else target.name if isinstance(target, Tool) else ""
-        return self._screen(self._of("results", name), "results")
+        return self._screen(self._of("results", name), "results", is_beside=is_bare and not is_batch)
 
     def redacted(self, data: bytes, found: Sequence[Found], scope: Scope) -> bytes:
         """Return *data*, a part of an audit record, without what the rules in *found* look for there."""
@@ -184,13 +200,13 @@ class Content:
             if each.rule.where in (where, "both") and (not each.rule.tools or tool is None or tool in each.rule.tools)
         )
 
-    def _screen(self, rules: tuple[Rule, ...], where: str) -> Screen | None:
+    def _screen(self, rules: tuple[Rule, ...], where: str, *, is_beside: bool = False) -> Screen | None:
         if not rules:
             return None
-        made = self._screens.get(rules)
-        if made is None:  # at most as many as there are sets of rules
-            made = self._screens[rules] = (Screen(rules, "arguments"), Screen(rules, "results"))
-        return made[where == "results"]
+        made = self._screens.get((rules, where, is_beside))
+        if made is None:  # at most a few for each set of rules
+            made = self._screens[rules, where, is_beside] = Screen(rules, where, is_beside=is_beside)
+        return made
 
 
 @lru_cache(maxsize=8)  # a bundle has one list; the one before it may still be in use

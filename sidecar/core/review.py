@@ -119,6 +119,8 @@ def _message(data: bytes, reader: Reader, judge: Judge) -> Seen:
 def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge) -> Seen:
     """Judge *data* as content rules leave it: that, and nothing else, goes on."""
     envelope = _envelope.decode(data)
+    if screen.is_beside and envelope.method is None and _answered(envelope) == reader.permit.question.message.id:
+        return _judged(data, envelope, reader, judge)
     if len(data) > MAX_SCREENED_BYTES:
         raise Refusal(
             Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_SCREENED_BYTES} to be screened"

@@ -5,11 +5,13 @@ handed on as the very bytes that came, unless a filter replaced its data.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final
 
 MAX_EVENT_BYTES: Final = 16 * 2**20  # as a JSON response that is held (sidecar/core/answer.py): both carry results
 
+_USUAL: Final = frozenset({b"", b":", b"data:", b"event: message"})  # lines that say nothing
 _END: Final = re.compile(rb"\n\r?\n")  # begins with a literal byte: thirty times as fast as with an optional one
 
 
@@ -30,6 +32,23 @@ class Event:
         lines = [line for line in self.raw.replace(b"\r\n", b"\n").split(b"\n") if line and not _is_data(line)]
         lines += [b"data: " + line for line in data.split(b"\n")]
         return b"\n".join([*lines, b"", b""])
+
+    def pruned(self, keeps: Callable[[bytes], object], *, has_message: bool) -> "Event":
+        """Return the event with a bare colon, which means nothing, for each line that *keeps* does not want.
+
+        It is not asked for the data of an event that *has_message*, judged elsewhere, nor for ids: like a cursor, one is
+        the server's to read again.
+        """
+        lines = self.raw.replace(b"\r\n", b"\n").split(b"\n")
+        kept = [
+            line if line in _USUAL or _is_id(line) or (has_message and _is_data(line)) or keeps(line) else b":"
+            for line in lines
+        ]
+        return self if kept == lines else replace(self, raw=b"\n".join(kept))
+
+
+def _is_id(line: bytes) -> bool:
+    return line == b"id" or line.startswith(b"id:")
 
 
 def _is_data(line: bytes) -> bool:

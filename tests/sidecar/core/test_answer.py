@@ -2,6 +2,7 @@
 
 import hashlib
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -297,3 +298,85 @@ def test_what_cannot_be_screened_goes_without_its_body(status: int) -> None:
     assert answer.begin(status, [(b"content-type", b"text/plain")]) is Mode.AS_IT_COMES
     assert answer.feed(KEY) == b""
     assert answer.end() == b""
+
+
+# beside the answer: what content rules see of a stream
+
+NOTE = b'{"method":"notifications/message","params":{"data":"%b"}}'
+MASKED_NOTE = NOTE % b"[masked]"
+NOTE %= KEY
+
+
+def a_screened_stream(
+    body: Message | bytes, *, status: int = 200, stream_path: str | None = None, **rule: Any
+) -> Answer:
+    """The stream that answers *body*, screened by a rule that, by default, masks keys."""
+    permit = a_permit(body)
+    screen = Content([a_rule(**{"patterns": ("aws-key",), **rule})]).answered(permit.question.message)
+    reader = Reader(permit=permit, engines=[allowing("a")], tasks=tasks(), screen=screen)
+    stream = Answer(reader, lambda _: None, stream_path=stream_path)
+    stream.begin(status, EVENTS if status == 200 else [(b"content-type", b"text/html")])
+    return stream
+
+
+BARE = [a_request(method) for method in ("initialize", "ping", "tools/list", "resources/templates/list", "tasks/list")]
+
+
+@pytest.mark.parametrize("body", BARE)
+def test_what_travels_beside_a_listing_is_screened(body: bytes) -> None:
+    """A log message is content wherever it stands; by rules for any tool, as nobody knows whose it is."""
+    stream = a_screened_stream(body, tools=("other",))
+    ask = b'{"id":1,"method":"ping","params":{"k":"' + KEY + b'"}}'
+
+    assert stream.feed(b"data: " + NOTE + b"\n\n") == b"data: " + MASKED_NOTE + b"\n\n"
+    assert stream.feed(b"data: " + ask + b"\n\n") == b"data: " + ask.replace(KEY, b"[masked]") + b"\n\n"
+    assert [each.found[0].count for each in stream.take()] == [1, 1]
+
+
+@pytest.mark.parametrize("body", BARE)
+def test_the_answer_to_a_listing_is_no_content(body: bytes) -> None:
+    """Descriptions and instructions stay as they are, in a batch of events too; the answer to another request does not."""
+    stream = a_screened_stream(body)
+    said = b'{"id":7,"result":{"instructions":"' + KEY + b'"}}'
+    other = said.replace(b"7", b"8")
+
+    assert stream.feed(b"data: " + said + b"\n\n") == b"data: " + said + b"\n\n"
+    masked = other.replace(KEY, b"[masked]")
+    assert stream.feed(b"data: [" + said + b"," + other + b"]\n\n") == b"data: [" + said + b"," + masked + b"]\n\n"
+
+
+def test_an_error_page_to_a_listing_passes() -> None:
+    """As it does without rules: a client may need it to see what is wrong."""
+    for body in BARE:
+        page = a_screened_stream(body, status=500)
+        assert page.feed(b"<html>") + page.end() == b"<html>"
+
+
+@pytest.mark.parametrize("body", [a_call(), *BARE[:1]])
+def test_what_is_no_message_of_an_event_is_screened_as_text(body: bytes) -> None:
+    """Comments, fields that nobody knows, events of another kind; an id is the server's to read again, like a cursor."""
+    stream = a_screened_stream(body)
+    raw = b": %b\nid: %b\nevent: message\nx: %b\ndata: " % (KEY, KEY, KEY) + RESULT + b"\n\n"
+
+    assert stream.feed(raw) == b":\nid: %b\nevent: message\n:\ndata: " % KEY + RESULT + b"\n\n"
+    assert stream.feed(b": %b\r\n\r\n" % KEY) == b":\n\n"
+    assert stream.feed(b"event: x\ndata: %b\n\n" % KEY) == b"event: x\n:\n\n"
+    assert stream.feed(b"event: endpoint\ndata: /%b\n\n" % KEY) == b"event: endpoint\n:\n\n"
+    assert sum(found.count for each in stream.take() for found in each.found) == 5
+
+
+def test_an_event_of_which_nothing_is_found_keeps_its_bytes() -> None:
+    """And what is only to be left out of the record reaches the client."""
+    for rule in ({}, {"action": "redact"}, {"mode": "shadow"}):
+        stream = a_screened_stream(a_call(), **rule)
+        raw = b": ping\r\nid: 1\r\nretry: 10\r\ndata:\r\n\r\n" + (b": %b\r\n\r\n" % KEY if rule else b"")
+        assert stream.feed(raw) == raw
+        assert [each.found[0].count for each in stream.take()] == ([1] if rule else [])
+
+
+def test_the_endpoint_of_a_screened_stream_stays() -> None:
+    """Without it no client of 2024-11-05 could post anything."""
+    stream = a_screened_stream(STREAM, stream_path="/sse", regex="messages", patterns=())
+    raw = b"event: endpoint\ndata: /messages\n\n"
+
+    assert (stream.feed(raw), stream.endpoint) == (raw, "/messages")
