@@ -7,22 +7,33 @@ Refuses an unknown `SIDEGATE_` variable and every unusable value, all of them in
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from ipaddress import ip_network
 from typing import Any, Final, Literal, Self
 
 import msgspec
 
 from certs.errors import BadSpiffeId
 from certs.spiffe import SpiffeId
-from sidecar.config import PREFIX, Capture, LogLevel, RequestLines, ShipFormat, number, port_number, setting_of
+from sidecar.config import (
+    PREFIX,
+    PUBLIC_RANGES,
+    Capture,
+    LogLevel,
+    RequestLines,
+    ShipFormat,
+    number,
+    port_number,
+    setting_of,
+)
 from sidecar.config import Settings as SidecarSettings
 from sidecar.core.profile import Audit, Telemetry
 from sidecar.core.store import read_address
 from sidecar.errors import ConfigError
 from webhook.core import quantity
 from webhook.core.container import AUDIT_FILE, SPIFFE_DIR, Amounts, Template
-from webhook.core.effective import Defaults
+from webhook.core.effective import Defaults, network_of
 from webhook.core.resources import PeerSpec, ReachSpec
-from webhook.core.surroundings import ANY_NAMESPACE, Surroundings, decode_peers, decode_reach
+from webhook.core.surroundings import ANY_NAMESPACE, DNS_PORT, Surroundings, decode_peers, decode_reach
 from webhook.errors import BadSetting
 
 DAY_S: Final = 86_400
@@ -61,6 +72,18 @@ def _prefixes(text: str) -> tuple[str, ...]:
         if not re.fullmatch(r"https?://[^/?#@\s]+/[^?#@%\s]*", prefix):
             raise ValueError("beginnings of URLs with a slash after the host, such as https://bundles.example.org/mcp/")
     return _names(text)
+
+
+def _ranges(text: str) -> tuple[str, ...]:
+    expected = "public address ranges, separated by commas, such as 203.0.113.0/24,2001:db8::/32"
+    try:
+        found = [ip_network(each) for each in _names(text)]
+    except ValueError:
+        raise ValueError(expected) from None
+    wholes = [ip_network(each) for each in PUBLIC_RANGES]
+    if not all(any(each.version == whole.version and each.subnet_of(whole) for whole in wholes) for each in found):  # type: ignore[arg-type]
+        raise ValueError(expected)
+    return tuple(str(each) for each in found)
 
 
 def _otel(text: str) -> tuple[tuple[str, str], ...]:
@@ -288,6 +311,11 @@ class Settings:
     network_egress: tuple[ReachSpec, ...] = setting_of(
         decode_reach, "Where all governed servers may connect to besides, likewise.", default=()
     )
+    network_private: tuple[str, ...] = setting_of(
+        _ranges,
+        "Address ranges of pods, Services and nodes that look public, comma-separated: host names open none of them.",
+        default=(),
+    )
     network_metrics_from: tuple[PeerSpec, ...] = setting_of(
         decode_peers,
         "Who may read health and metrics of sidecars, as JSON: a list as spec.ingress of MCPServerProfile.",
@@ -400,13 +428,18 @@ def surroundings(settings: Settings) -> Surroundings:
         dns=settings.network_dns,
         egress=settings.network_egress,
         metrics_from=settings.network_metrics_from,
+        private=settings.network_private,
     )
 
 
 def defaults(settings: Settings) -> Defaults:
     """Return what a workload gets that says nothing else."""
     content = settings.audit_content
+    reach = [network_of(each, (DNS_PORT,)) for each in settings.network_dns]
+    reach += [network_of(each) for each in settings.network_egress]
     return Defaults(
+        networks=tuple(each for each in reach if each is not None),
+        private=settings.network_private,
         mtls=settings.mtls,
         user=settings.user,
         jwt_svid=settings.jwt_svid,

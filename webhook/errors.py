@@ -36,6 +36,7 @@ class DenyCode(StrEnum):
     UNENFORCEABLE_PRIVILEGED = "unenforceable_privileged"
     UNENFORCEABLE_CAPABILITY = "unenforceable_capability"
     UNENFORCEABLE_USER = "unenforceable_user"
+    UNENFORCEABLE_EGRESS = "unenforceable_egress"  # what is let out by host name could go round the sidecar
     UNENFORCEABLE_MESH = "unenforceable_mesh"  # another mesh takes the same traffic
 
 

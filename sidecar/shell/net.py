@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, PUBLIC_RANGES, USER_ID
+from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, PUBLIC_RANGES, USER_ID, WayOut
 from sidecar.errors import NetError
 
 NFT: Final = Path("/usr/sbin/nft")
@@ -74,7 +74,6 @@ BY_NAME: Final[Rules] = {
         "drop",
     ),
 }
-NAMED: Final = "hosts"  # the argument that asks for it
 
 
 def outbound(ports: Sequence[int]) -> Rules:
@@ -124,12 +123,13 @@ def _run(nft: Path, *arguments: str, text: str = "") -> str:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Load the rules, an agent's if *arguments* name ports; return 0, or 1 after saying why not."""
-    is_by_name = list(arguments) == [NAMED]
+    is_by_name = list(arguments) == [WayOut.HOSTS]
     try:
         ports = [int(port) for port in arguments[0].split(",")] if arguments and not is_by_name else []
         load(chosen=BY_NAME if is_by_name else outbound(ports) if ports else RULES)
     except ValueError:
-        print(f"sidegate-net: error: {arguments[0]}: expected {NAMED}, or ports, separated by commas", file=sys.stderr)  # noqa: T201
+        expected = f"expected {WayOut.HOSTS}, or ports, separated by commas"
+        print(f"sidegate-net: error: {arguments[0]}: {expected}", file=sys.stderr)  # noqa: T201
         return 1
     except NetError as error:
         # An init container speaks through its log.

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -15,13 +16,15 @@ from sidecar.config import Capture
 from tests.chart.render import CHART, NAMESPACE, helm
 from tests.cluster.apiserver import ApiServer
 from tests.webhook.core import golden_cases
+from webhook.core import resources
 from webhook.core.container import Template
 from webhook.core.injection import Deny, Inject, NamespacePolicy, Skip, decide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.cluster.apiserver import Answer
+    from webhook.core.resources import ServerProfileSpec
 
 pytestmark = pytest.mark.real_apiserver
 
@@ -30,6 +33,7 @@ SIDECAR_IMAGE = "registry.example/sidegate/sidecar"
 SERVER = {"sidegate.dev/server": "true"}
 APP: JSON = {"name": "app", "image": "app:1", "ports": [{"name": "mcp", "containerPort": 8080}]}
 PATIENCE_S = 60.0
+NONE: Mapping[str, ServerProfileSpec] = {}
 
 
 def rendered(release: str, *settings: str) -> str:
@@ -76,13 +80,18 @@ def a_pod(labels: JSON | None = None, **spec: Any) -> JSON:
     return {"metadata": {"name": "a", "labels": labels or {}}, "spec": {"containers": [copy.deepcopy(APP)], **spec}}
 
 
-def injected(pod: JSON | None = None, *, template: Template = golden_cases.TEMPLATE) -> JSON:
+def injected(
+    pod: JSON | None = None,
+    *,
+    template: Template = golden_cases.TEMPLATE,
+    profiles: Mapping[str, ServerProfileSpec] = NONE,
+) -> JSON:
     """The same as our webhook makes it."""
     decision = decide(
         pod or a_pod(SERVER),
         namespace="optional",
         policy=NamespacePolicy.OPTIONAL,
-        profiles={},
+        profiles=profiles,
         nonce="",
         template=template,
     )
@@ -319,6 +328,58 @@ def test_a_forged_sidecar_is_refused(api: ApiServer, forgery: str) -> None:
     assert words in refusal(api, "optional", pod)
 
 
+HELD: JSON = {"runAsUser": 1000, "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+BY_NAME = {
+    "p": msgspec.convert({"selector": {}, "egress": [{"hosts": ["api.example.com"]}]}, type=resources.ServerProfileSpec)
+}
+
+
+def let_out() -> JSON:
+    """A pod whose profile names hosts, as our webhook makes it."""
+    pod = a_pod(SERVER)
+    pod["spec"]["containers"][0]["securityContext"] = dict(HELD)
+    return injected(pod, profiles=BY_NAME)
+
+
+def _unheld(**values: Any) -> Callable[[JSON], object]:
+    return lambda pod: container(pod, "app").update(
+        securityContext={k: v for k, v in (HELD | values).items() if v is not None}
+    )
+
+
+LOOSE: dict[str, tuple[str, Callable[[JSON], object]]] = {
+    "without-the-rules": ("command", lambda pod: container(pod, "sidegate-net")["command"].pop()),
+    "other-value": ("sidegate.dev/egress", lambda pod: pod["metadata"]["labels"].update({"sidegate.dev/egress": "all"})),
+    "agent": ("environment", lambda pod: pod["metadata"]["labels"].update({"sidegate.dev/agent": "true"})),
+    "no-user": ("sidegate.dev/egress", _unheld(runAsUser=None)),
+    "may-escalate": ("sidegate.dev/egress", _unheld(allowPrivilegeEscalation=None)),
+    "keeps-capabilities": ("sidegate.dev/egress", _unheld(capabilities={"drop": ["NET_RAW"]})),
+    "adds-setuid": ("sidegate.dev/egress", _unheld(capabilities={"drop": ["ALL"], "add": ["SETUID"]})),
+    "own-hosts": ("sidegate.dev/egress", _spec(hostAliases=[{"ip": "192.0.2.66", "hostnames": ["api.example.com"]}])),
+    "own-name-server": ("sidegate.dev/egress", _spec(dnsConfig={"nameservers": ["192.0.2.53"]})),
+    "own-resolver": ("sidegate.dev/egress", _spec(dnsPolicy="None", dnsConfig={"nameservers": ["192.0.2.53"]})),
+}  # fmt: skip
+
+
+def test_a_server_that_is_let_out_by_name_passes(api: ApiServer) -> None:
+    """As the webhook makes it; the label on any other pod is refused, for it opens the NetworkPolicy."""
+    forged = injected()
+    forged["metadata"]["labels"]["sidegate.dev/egress"] = "hosts"
+
+    assert refusal(api, "optional", let_out()) == ""
+    assert "has not the command" in refusal(api, "optional", forged)
+
+
+@pytest.mark.parametrize("case", LOOSE)
+def test_a_server_that_could_go_round_its_sidecar_is_not_let_out(api: ApiServer, case: str) -> None:
+    """One thing changed in what the webhook makes."""
+    words, change = LOOSE[case]
+    pod = let_out()
+    change(pod)
+
+    assert words in refusal(api, "optional", pod)
+
+
 @pytest.fixture(scope="module")
 def live(api: ApiServer) -> str:
     """The path of a governed pod that is there; nothing runs it."""
@@ -418,6 +479,18 @@ def test_a_debug_container_needs_the_glass_to_be_broken(api: ApiServer, live: st
     ):
         assert "touches neither the sidecar's process" in debug(api, glass, **fields).refusal
     assert debug(api, "/api/v1/namespaces/optional/pods/plain").status == 200
+
+
+def test_a_debug_container_of_a_server_that_is_let_out_by_name_is_held_as_the_others(api: ApiServer) -> None:
+    """It could become the sidecar's user as they could."""
+    pod = let_out()
+    pod["metadata"]["name"] = "out"
+    assert api.create_pod("glass", pod, dry_run=False).status == 201
+    path = "/api/v1/namespaces/glass/pods/out"
+
+    assert "touches neither" in debug(api, path).refusal
+    assert "touches neither" in debug(api, path, securityContext=HELD | {"runAsUser": 15100}).refusal
+    assert debug(api, path, securityContext=HELD).status == 200
     assert "not for debug containers" in debug(api, "/api/v1/namespaces/optional/pods/plain", name="sidegate").refusal
 
 

@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from sidecar.config import ShipFormat
-from webhook.config import Settings, surroundings, template
+from sidecar.core.profile import Network
+from webhook.config import Settings, defaults, surroundings, template
 from webhook.core.container import AUDIT_FILE
 from webhook.errors import BadSetting
 
@@ -112,3 +113,28 @@ def test_sidecars_get_the_variables_of_the_operator() -> None:
 
     assert made.otel == (("OTEL_LOGS_EXPORTER", "otlp"), ("OTEL_TRACES_SAMPLER", "always_off"))
     assert made.sidecar.request_log == "refused"
+
+
+def test_what_all_servers_reach_by_address_is_told_to_sidecars_that_know_hosts() -> None:
+    """DNS on its own port, and what the operator opened; namespaces are NetworkPolicies' alone."""
+    settings = Settings.from_env(
+        ID
+        | {
+            "SIDEGATE_NETWORK_DNS": '[{"namespace":"kube-system"},{"cidr":"192.0.2.53/32"}]',
+            "SIDEGATE_NETWORK_EGRESS": '[{"cidr":"198.51.100.0/24","ports":[443]}]',
+            "SIDEGATE_NETWORK_PRIVATE": "25.0.0.0/8, 2001:db8::/32",
+        }
+    )
+
+    assert defaults(settings).networks == (
+        Network(cidr="192.0.2.53/32", ports=(53,)),
+        Network(cidr="198.51.100.0/24", ports=(443,)),
+    )
+    assert defaults(settings).private == surroundings(settings).private == ("25.0.0.0/8", "2001:db8::/32")
+
+
+@pytest.mark.parametrize("value", ["here", "25.0.0.1/8", "fd00::/8", "::/0"])
+def test_private_ranges_are_ranges_of_public_addresses(value: str) -> None:
+    """Of others there is nothing to take away, and a NetworkPolicy would not be valid."""
+    with pytest.raises(BadSetting, match="public address ranges"):
+        Settings.from_env(ID | {"SIDEGATE_NETWORK_PRIVATE": value})

@@ -19,6 +19,7 @@ STATUS: Final = f"{GROUP}/status"  # written back by us: information for people,
 AGENT: Final = f"{GROUP}/agent"  # label: the pod calls MCP servers, and is none
 INJECTED: Final = f"{GROUP}/injected"  # label, written back: the revision, for selection
 CAPTURED: Final = f"{GROUP}/capture"  # label, written back: the capture mode, for NetworkPolicies
+EGRESS: Final = f"{GROUP}/egress"  # label, written back: how connections of its own go out, for NetworkPolicies
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 _PATH: Final = re.compile(r"/[!-~]{0,511}", re.ASCII)
 
@@ -231,6 +232,13 @@ LABELS: Final = (
         writer="the webhook",
         values="`redirect`, `remap`",
         meaning="How traffic is brought into the sidecar, for NetworkPolicies; never taken for evidence.",
+    ),
+    Label(
+        name="egress",
+        place="pod",
+        writer="the webhook",
+        values="`hosts`",
+        meaning="What the server opens to public addresses passes the sidecar, by host name; for NetworkPolicies.",
     ),
 )
 _LABELS: Final = frozenset(f"{GROUP}/{each.name}" for each in LABELS)

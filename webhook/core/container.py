@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, PREFIX, USER_ID, Capture, Role, Settings
+from sidecar.config import EGRESS_PORT, HEALTH_PORT, INBOUND_PORT, PREFIX, USER_ID, Capture, Role, Settings, WayOut
 from webhook.core import quantity, relay
 from webhook.core.annotations import Overrides
 from webhook.core.pod import JSON
@@ -119,6 +119,7 @@ class Plan:
     guaranteed: bool = False
     role: Role = Role.SERVER
     captured_ports: tuple[int, ...] = ()  # of the servers that an agent calls
+    is_by_name: bool = False  # a server's own connections go out by host name
     pod_level_resources: bool = False  # ours would push the sum above the pod's own: then we live within it
 
 
@@ -151,6 +152,7 @@ def _sidecar(template: Template, plan: Plan) -> JSON:
         workload=plan.workload,
         role=plan.role,
         capture=plan.capture,
+        egress=WayOut.HOSTS if plan.is_by_name else WayOut.DIRECT,
         bundle_dir=CACHE_DIR,
         probes=plan.probes,
         log_level=plan.asked.log_level or template.sidecar.log_level,
@@ -201,6 +203,8 @@ def _relay(template: Template, plan: Plan) -> JSON:
 
 
 def _captured(plan: Plan) -> list[str]:
+    if plan.is_by_name:
+        return [str(WayOut.HOSTS)]
     return [",".join(str(port) for port in plan.captured_ports)] if plan.role is Role.AGENT else []
 
 

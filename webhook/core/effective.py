@@ -7,6 +7,7 @@ without policy nothing that needs a rule is allowed.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from typing import Final, Literal
 
 import msgspec
@@ -19,7 +20,10 @@ from sidecar.core.profile import (
     Client,
     ContentRule,
     Destination,
+    EgressRules,
     Identity,
+    NamedHosts,
+    Network,
     Profile,
     Provider,
     Server,
@@ -34,6 +38,7 @@ from webhook.core.external import Fetched
 from webhook.core.pod import Pod, workload
 from webhook.core.resources import (
     CLUSTER_POLICY,
+    HOST_PORTS,
     POLICY,
     BundleSpec,
     ClusterPolicySpec,
@@ -41,6 +46,7 @@ from webhook.core.resources import (
     LimitSpec,
     PolicySpec,
     ProviderReference,
+    ReachSpec,
     ServerProfileSpec,
     ServerSpec,
 )
@@ -56,6 +62,8 @@ class Defaults:
     mtls: Literal["strict", "permissive"] = "strict"
     user: Literal["required", "optional"] = "required"
     jwt_svid: Literal["off", "allowed"] = "off"
+    networks: tuple[Network, ...] = ()  # that all servers may connect to
+    private: tuple[str, ...] = ()  # ranges of the cluster that look public
     audit: Audit = field(default_factory=Audit)
     telemetry: Telemetry = field(default_factory=Telemetry)
 
@@ -174,6 +182,7 @@ def combine(
             audit=_audit(profile, defaults.audit),
             telemetry=_telemetry(profile, defaults.telemetry),
             content=_content(pod.labels, namespace, resources.policies, guard_rails or {}),
+            egress=_egress(profile, defaults),
             denied=profile.denied if profile else "error",
         ),
         policies=_policies(pod.labels, namespace, resources.policies, guard_rails or {}, external),
@@ -264,6 +273,25 @@ def _content(
     """Return all content rules that select the pod: none takes another away."""
     own, rails = _selected(labels, namespace, policies, guard_rails)
     return tuple(each.rule(f"{key}/{each.name}", spec.mode) for key, spec in (*rails, *own) for each in spec.content)
+
+
+def _egress(profile: ServerProfileSpec | None, defaults: Defaults) -> EgressRules | msgspec.UnsetType:
+    """Return where the server's own connections may go, if it names hosts: all else is NetworkPolicies' alone."""
+    named = [each for each in profile.egress if each.hosts] if profile else []
+    if profile is None or not named:
+        return msgspec.UNSET
+    return EgressRules(
+        hosts=tuple(NamedHosts(hosts=each.hosts, ports=each.ports or HOST_PORTS) for each in named),
+        networks=(*(network for each in profile.egress if (network := network_of(each))), *defaults.networks),
+        private=defaults.private,
+    )
+
+
+def network_of(reach: ReachSpec, ports: tuple[int, ...] = ()) -> Network | None:
+    """Return the addresses that *reach* means, on its own ports or *ports*; None when it means pods or hosts."""
+    if reach.cidr is None:
+        return None
+    return Network(cidr=str(ip_network(reach.cidr)), excluded=reach.excluded, ports=reach.ports or ports)
 
 
 def _tcp_ports(pod: Pod) -> list[tuple[int, str | None]]:

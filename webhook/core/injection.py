@@ -174,7 +174,7 @@ def _left_alone(seen: Pod, reason: SkipReason) -> Skip:
     for volume in seen.spec.volumes or ():
         if volume.name in container.VOLUMES:
             raise Denial(DenyCode.DECOY_VOLUME, f"volume {volume.name}: this pod is not injected; {_HINT}")
-    for label in (annotations.INJECTED, annotations.CAPTURED):
+    for label in (annotations.INJECTED, annotations.CAPTURED, annotations.EGRESS):
         if label in seen.labels:
             raise Denial(DenyCode.LABEL_INVALID, f"label {label}: this pod is not injected; remove it")
     return Skip(reason=reason)
@@ -197,6 +197,9 @@ def _plan(
     asked = annotations.read(bare.annotations)
     capture = _capture(asked, profile, template)
     obstacles.refuse(bare, capture)
+    is_by_name = profile is not None and any(each.hosts for each in profile.egress)
+    if is_by_name:
+        obstacles.refuse_by_name(bare, capture)
     port = resolve_port(bare, asked, profile)
     if port in probes.RESERVED_PORTS:
         raise Denial(
@@ -220,6 +223,7 @@ def _plan(
         probes=probes.encode(originals),
         port_name=_mcp_name(bare) if is_stdio else move.name if move else None,
         is_stdio=is_stdio,
+        is_by_name=is_by_name,
         guaranteed=_is_guaranteed(bare.containers),
         pod_level_resources=bare.spec.resources is not None,
     )
@@ -230,6 +234,7 @@ def _plan(
         status=_status(template, capture, port, move),
         revision=template.revision,
         capture=capture,
+        is_by_name=is_by_name,
         image_pull_secrets=template.image_pull_secrets,
         port_move=move,
     )

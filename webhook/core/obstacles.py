@@ -11,7 +11,7 @@ from typing import Final
 
 from sidecar.config import INBOUND_PORT, USER_ID, Capture, Role
 from webhook.core.container import Template
-from webhook.core.pod import Container, Pod, SecurityContext
+from webhook.core.pod import Capabilities, Container, Pod, SecurityContext
 from webhook.errors import Denial, DenyCode
 
 # With these a container can leave netfilter, the pod's namespaces or the sidecar's memory behind.
@@ -49,6 +49,41 @@ def refuse(bare: Pod, capture: Capture) -> None:
     for each in bare.containers:
         _refuse_mesh(each, capture)
         _refuse_container(each)
+
+
+def refuse_by_name(bare: Pod, capture: Capture) -> None:
+    """Raise Denial where a server that is let out by host name could go round the sidecar.
+
+    NetworkPolicies no longer hold it back from public addresses then: that stands on its not becoming the sidecar's user,
+    on its having no raw sockets, and on names that mean what DNS says.
+    """
+    spec = bare.spec
+    if capture is not Capture.REDIRECT:
+        raise Denial(
+            DenyCode.UNENFORCEABLE_EGRESS,
+            f"capture mode {capture}: spec.egress of the MCPServerProfile names hosts, which needs mode redirect",
+        )
+    if spec.host_aliases or spec.dns_policy == "None" or (spec.dns_config or {}).get("nameservers"):
+        raise Denial(
+            DenyCode.UNENFORCEABLE_EGRESS,
+            "hostAliases, dnsPolicy None or dnsConfig.nameservers: hosts that the MCPServerProfile names in spec.egress "
+            "would be whatever this pod says; remove them",
+        )
+    for each in bare.containers:
+        own, pods = each.security_context or SecurityContext(), spec.security_context or SecurityContext()
+        capabilities = own.capabilities or Capabilities()
+        is_held = (
+            (own.run_as_user is not None or pods.run_as_user is not None)
+            and own.allow_privilege_escalation is False
+            and "ALL" in _named(capabilities.drop)
+            and _named(capabilities.add) <= {"NET_BIND_SERVICE"}
+        )
+        if not is_held:
+            raise Denial(
+                DenyCode.UNENFORCEABLE_EGRESS,
+                f"container {each.name}: hosts in spec.egress of the MCPServerProfile need securityContext with runAsUser, "
+                "allowPrivilegeEscalation: false and capabilities.drop: [ALL] (NET_BIND_SERVICE may be added)",
+            )
 
 
 def warnings(bare: Pod, capture: Capture, role: Role, template: Template) -> Iterator[str]:

@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.config import Capture
+from sidecar.config import Capture, WayOut
 from webhook.core import container, probes, relay
-from webhook.core.annotations import CAPTURED, INJECTED, STATUS
+from webhook.core.annotations import CAPTURED, EGRESS, INJECTED, STATUS
 from webhook.core.pod import JSON
 
 
@@ -35,6 +35,7 @@ class Injection:
     status: str
     revision: str
     capture: Capture
+    is_by_name: bool = False  # connections of its own go out by host name
     image_pull_secrets: tuple[str, ...] = ()
     port_move: PortMove | None = None
 
@@ -51,6 +52,10 @@ def mutate(pod: JSON, injection: Injection) -> JSON:
         ("annotations", STATUS, injection.status),
     ):
         metadata[field] = (metadata.get(field) or {}) | {key: value}
+    # Whoever wrote it there: NetworkPolicies open what our rules in the pod's network close.
+    metadata["labels"] = {key: value for key, value in metadata["labels"].items() if key != EGRESS}
+    if injection.is_by_name:
+        metadata["labels"][EGRESS] = str(WayOut.HOSTS)
     spec = dict(pod["spec"])
     for field in ("initContainers", "containers"):
         if spec.get(field):
@@ -86,7 +91,7 @@ def restore(pod: JSON) -> JSON:
             for each in spec[field]
         ]
     spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in container.VOLUMES]
-    for field, keys in (("labels", (CAPTURED, INJECTED)), ("annotations", (STATUS,))):
+    for field, keys in (("labels", (CAPTURED, EGRESS, INJECTED)), ("annotations", (STATUS,))):
         if metadata.get(field):
             metadata[field] = {key: value for key, value in metadata[field].items() if key not in keys}
     return pod | {"metadata": metadata, "spec": spec}

@@ -63,6 +63,7 @@ class SecurityContext(View, frozen=True, kw_only=True):
     run_as_user: int | None = None
     run_as_non_root: bool | None = None
     privileged: bool | None = None
+    allow_privilege_escalation: bool | None = None
     capabilities: Capabilities | None = None
 
 
@@ -130,6 +131,8 @@ class Spec(View, frozen=True, kw_only=True):
     resources: Resources | None = None
     os: OperatingSystem | None = None
     dns_policy: str | None = None
+    dns_config: JSON | None = None
+    host_aliases: list[JSON] | None = None
     termination_grace_period_seconds: int | None = None
     host_network: bool | None = None
     host_pid: bool | None = msgspec.field(default=None, name="hostPID")

@@ -20,6 +20,7 @@ from webhook.core.pod import JSON
 from webhook.errors import BadResource
 
 VERSION: Final = "v1alpha1"
+HOST_PORTS: Final = (443,)  # of hosts without ports
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=253)]
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 
@@ -162,7 +163,7 @@ class PeerSpec(Record, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise ValueError saying what of it cannot be used."""
         if (self.namespace is None) is (self.cidr is None):
-            raise ValueError("one of namespace and cidr must be given")
+            raise ValueError("one of namespace and cidr must be given (in spec.egress: or hosts)")
         if self.namespace is not None and self.excluded:
             raise ValueError("except goes with cidr")
         if self.cidr is not None:
@@ -181,6 +182,19 @@ class ReachSpec(PeerSpec, frozen=True, kw_only=True):
     ports: tuple[profile.Port, ...] = ()
 
 
+class EgressSpec(ReachSpec, frozen=True, kw_only=True):
+    """Where a server's connections may go to; or to which hosts, by name: on port 443 unless others are named."""
+
+    hosts: Annotated[tuple[profile.HostPattern, ...], msgspec.Meta(max_length=256)] = ()
+
+    def check(self) -> None:
+        """Raise ValueError saying what of it cannot be used."""
+        if not self.hosts:
+            super().check()
+        elif self.namespace is not None or self.cidr is not None or self.pod_labels or self.excluded:
+            raise ValueError("hosts goes with ports alone")
+
+
 class ServerProfileSpec(Record, frozen=True, kw_only=True):
     """`MCPServerProfile`: which pods, and how."""
 
@@ -191,7 +205,7 @@ class ServerProfileSpec(Record, frozen=True, kw_only=True):
     identity: IdentitySpec = IdentitySpec()
     agent: AgentSpec | None = None
     ingress: tuple[PeerSpec, ...] = ()
-    egress: tuple[ReachSpec, ...] = ()
+    egress: tuple[EgressSpec, ...] = ()
     audit: AuditSpec = AuditSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
 
@@ -421,6 +435,18 @@ def _check_profile(label: str, spec: ServerProfileSpec) -> None:
                 peer.check()
             except ValueError as error:
                 raise BadResource(label, f"spec.{field}[{index}]: {error}") from error
+
+    _check_hosts(label, spec)
+
+
+def _check_hosts(label: str, spec: ServerProfileSpec) -> None:
+    if any(each.hosts for each in spec.egress):
+        if spec.agent is not None:
+            raise BadResource(
+                label, "spec.egress: hosts are for servers; an agent's other connections are not captured"
+            )
+        if spec.capture == "remap":
+            raise BadResource(label, "spec.egress: hosts need capture redirect; in remap, name addresses (cidr)")
 
 
 def _check_limit(label: str, spec: LimitSpec) -> None:

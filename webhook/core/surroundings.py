@@ -4,7 +4,8 @@ One for all injected servers of a namespace, there before the first of them is, 
 and what sidecars need; one for each MCPServerProfile gives its callers and destinations. Refuses to guess: a caller or
 destination that no namespace and no address is known of is not let through, and `undeclared` says so. Policies are judged
 on the node, before a pod redirects: a pod in capture mode `redirect` is reached on any TCP port, and all lead to the
-sidecar; one in mode `remap` on the sidecar's port alone.
+sidecar; one in mode `remap` on the sidecar's port alone. Host names are unknown to policies: for those of a profile the
+public addresses are opened, to pods whose own network leads there by the sidecar alone.
 Source: networking.k8s.io/v1 (policies add up; a named port of a native sidecar is missed by some, so ports are numbers).
 """
 
@@ -18,10 +19,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from certs.spiffe import ANY_REST, ONE_SEGMENT, SpiffePattern
-from sidecar.config import HEALTH_PORT, INBOUND_PORT, Capture
-from webhook.core.annotations import AGENT, CAPTURED, INJECTED
+from sidecar.config import HEALTH_PORT, INBOUND_PORT, PUBLIC_RANGES, Capture, WayOut
+from webhook.core.annotations import AGENT, CAPTURED, EGRESS, INJECTED
 from webhook.core.pod import JSON
-from webhook.core.resources import IdentityProviderSpec, PeerSpec, ReachSpec, ServerProfileSpec
+from webhook.core.resources import HOST_PORTS, IdentityProviderSpec, PeerSpec, ReachSpec, ServerProfileSpec
 
 API_VERSION: Final = "networking.k8s.io/v1"
 NAMESPACE_NAME: Final = "kubernetes.io/metadata.name"
@@ -52,6 +53,7 @@ class Surroundings:
     dns: tuple[ReachSpec, ...] = ()
     egress: tuple[ReachSpec, ...] = ()
     metrics_from: tuple[PeerSpec, ...] = ()
+    private: tuple[str, ...] = ()  # ranges of the cluster that look public
 
     @property
     def labels(self) -> dict[str, str]:
@@ -122,13 +124,19 @@ def undeclared(
                 for caller in profile.identity.callers
                 if _caller(caller, surroundings) is None
             )
-        if surroundings.mode == "enforce" and not any(each.cidr for each in (*profile.egress, *surroundings.egress)):
+        if surroundings.mode == "enforce" and not _reaches_out(profile, surroundings):
             said.extend(
                 f"MCPServerProfile {name}: {url}: outside the cluster; name its addresses in spec.egress"
                 for url in sorted(set(_needs(profile, providers, surroundings)))
                 if _service(url) is None or _is_ambiguous(url)
             )
     return said
+
+
+def _reaches_out(profile: ServerProfileSpec, surroundings: Surroundings) -> bool:
+    return any(each.hosts for each in profile.egress) or any(
+        each.cidr for each in (*profile.egress, *surroundings.egress)
+    )
 
 
 def _base(surroundings: Surroundings) -> tuple[str, JSON]:
@@ -149,7 +157,7 @@ def _of_profile(
     known = _unique((*(each for each in callers if each), *profile.ingress))
     is_open = _is_open(profile, surroundings)
     services = (_service(url) for url in _needs(profile, providers, surroundings))
-    reach = _unique((*(each for each in services if each), *profile.egress))
+    reach = _unique((*(each for each in services if each), *(each for each in profile.egress if not each.hosts)))
     egress = [_out(each, each.ports) for each in reach]
     for capture, operator, port in (("", "NotIn", None), ("-remap", "In", INBOUND_PORT)):
         if capture and surroundings.weakest_capture is not Capture.REMAP:
@@ -158,6 +166,21 @@ def _of_profile(
         ingress = [_in(() if is_open else known, port)] if is_open or known else []
         selector = _selector(profile, captured)
         yield _name(surroundings.name + capture, name), _spec(selector, ingress, egress, surroundings)
+
+    ports = sorted({port for each in profile.egress if each.hosts for port in each.ports or HOST_PORTS})
+    if ports and surroundings.mode == "enforce":
+        # Only pods whose network has the rules that bring all of this to the sidecar, which knows the names.
+        by_name = {"key": EGRESS, "operator": "In", "values": [str(WayOut.HOSTS)]}
+        opened = [_out(each, ports) for each in _public(surroundings.private)]
+        yield _name(f"{surroundings.name}-hosts", name), _spec(_selector(profile, by_name), [], opened, surroundings)
+
+
+def _public(private: Iterable[str]) -> Iterator[ReachSpec]:
+    """Yield the public addresses of both families without those that are *private* to the cluster."""
+    own = [ip_network(each) for each in private]
+    for whole, excluded in PUBLIC_RANGES.items():
+        version = ip_network(whole).version
+        yield ReachSpec(cidr=whole, excluded=(*excluded, *(str(each) for each in own if each.version == version)))
 
 
 def _name(prefix: str, profile: str) -> str:

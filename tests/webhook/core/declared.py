@@ -4,7 +4,7 @@ from typing import Any
 
 OURS = {"sidegate", "sidegate-net", "sidegate-relay"}
 VOLUMES = {"sidegate-spiffe", "sidegate-cache", "sidegate-no-token", "sidegate-relay"}
-WRITTEN = {"sidegate.dev/capture", "sidegate.dev/injected", "sidegate.dev/status"}
+WRITTEN = {"sidegate.dev/capture", "sidegate.dev/egress", "sidegate.dev/injected", "sidegate.dev/status"}
 PROXY = {"HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"}
 SECRET = {"name": "sidegate"}  # of the cases that pull with one
 RELAY = "/.sidegate/relay"

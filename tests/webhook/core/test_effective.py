@@ -6,7 +6,18 @@ import msgspec
 import pytest
 
 from sidecar.config import STDIO_PORT
-from sidecar.core.profile import Audit, Client, Identity, StepUp, Telemetry, TokenExchange
+from sidecar.core import profile as profiles
+from sidecar.core.profile import (
+    Audit,
+    Client,
+    EgressRules,
+    Identity,
+    NamedHosts,
+    Network,
+    StepUp,
+    Telemetry,
+    TokenExchange,
+)
 from webhook.core import pod as pods
 from webhook.core import resources
 from webhook.core.annotations import Overrides
@@ -383,3 +394,32 @@ def test_what_contradicts_itself_is_an_error(changes: dict[str, Any], said: str)
     """Where it is written, not in every pod."""
     with pytest.raises(BadResource, match=said):
         with_users(**changes)
+
+
+def test_hosts_reach_the_sidecar_with_everything_that_is_declared_by_address() -> None:
+    """What passed by address goes on to: the profile's, and what the operator lets all servers reach."""
+    everybody = (Network(cidr="198.51.100.0/24"), Network(cidr="192.0.2.53/32", ports=(53,)))
+    profile = a_profile(
+        egress=[
+            {"hosts": ["a.example"]},
+            {"hosts": ["*.b.example"], "ports": [80]},
+            {"cidr": "203.0.113.0/24", "except": ["203.0.113.1/32"], "ports": [5432]},
+            {"namespace": "db"},
+        ]
+    )
+    got = combined(profile, defaults=Defaults(networks=everybody, private=("25.0.0.0/8",))).profile
+
+    assert got.egress == EgressRules(
+        hosts=(NamedHosts(hosts=("a.example",), ports=(443,)), NamedHosts(hosts=("*.b.example",), ports=(80,))),
+        networks=(Network(cidr="203.0.113.0/24", excluded=("203.0.113.1/32",), ports=(5432,)), *everybody),
+        private=("25.0.0.0/8",),
+    )
+    assert profiles.decode(profiles.encode(got)) == got
+
+
+def test_without_hosts_the_sidecar_hears_nothing_of_egress() -> None:
+    """Nothing is in the bundle that an older sidecar would not know."""
+    got = combined(a_profile(egress=[{"cidr": "203.0.113.0/24"}]), defaults=Defaults(private=("25.0.0.0/8",))).profile
+
+    assert got.egress is msgspec.UNSET
+    assert b"egress" not in profiles.encode(got)

@@ -16,7 +16,9 @@ def a_pod(container: Any = None, **spec: Any) -> pod.Pod:
     return pod.read({"metadata": {}, "spec": {"containers": [app]} | spec})
 
 
-@pytest.mark.parametrize("capability", ["NET_RAW", "CAP_NET_ADMIN", "cap_sys_ptrace", "ALL", "BPF"])
+@pytest.mark.parametrize(
+    "capability", ["NET_RAW", "CAP_NET_ADMIN", "cap_sys_ptrace", "ALL", "BPF", "DAC_READ_SEARCH", "CAP_PERFMON"]
+)
 def test_capability_is_known_by_all_its_spellings(capability: str) -> None:
     """Runtimes take the prefix, and either case."""
     with pytest.raises(Denial, match="can undo the capture") as refused:
@@ -72,3 +74,61 @@ def test_every_warning_fits_what_the_api_server_passes_on() -> None:
 
     assert len(said) == 4
     assert max(map(len, said)) <= 256
+
+
+HELD = {"runAsUser": 1000, "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+@pytest.mark.parametrize(
+    "security",
+    [HELD, HELD | {"runAsUser": 0}, HELD | {"capabilities": {"drop": ["all"], "add": ["CAP_NET_BIND_SERVICE"]}}],
+)
+def test_a_server_that_stays_who_it_is_may_be_let_out_by_name(security: Any) -> None:
+    """Root, too, if it can become nobody else; the resolver may be the node's, with search domains of its own."""
+    obstacles.refuse_by_name(
+        a_pod({"securityContext": security}, dnsPolicy="Default", dnsConfig={"searches": ["a.example"]}),
+        Capture.REDIRECT,
+    )
+
+
+def test_the_pods_user_counts_where_the_container_names_none() -> None:
+    """But it is named: an image's own user is not seen at admission."""
+    bare = a_pod(
+        {"securityContext": {k: v for k, v in HELD.items() if k != "runAsUser"}}, securityContext={"runAsUser": 7}
+    )
+
+    obstacles.refuse_by_name(bare, Capture.REDIRECT)
+
+
+@pytest.mark.parametrize(
+    "security",
+    [
+        None,
+        {k: v for k, v in HELD.items() if k != "runAsUser"},
+        {k: v for k, v in HELD.items() if k != "allowPrivilegeEscalation"},
+        HELD | {"allowPrivilegeEscalation": True},
+        HELD | {"capabilities": {"drop": ["NET_RAW", "SETUID"]}},
+        HELD | {"capabilities": {"drop": ["ALL"], "add": ["SETUID"]}},
+        HELD | {"capabilities": None},
+    ],
+)
+def test_a_server_that_may_become_the_sidecars_user_is_not_let_out(security: Any) -> None:
+    """By its image, by a setuid program, by root's capabilities."""
+    with pytest.raises(Denial, match=r"container app: hosts in spec\.egress") as refused:
+        obstacles.refuse_by_name(a_pod({"securityContext": security}), Capture.REDIRECT)
+
+    assert refused.value.code is DenyCode.UNENFORCEABLE_EGRESS
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"hostAliases": [{"ip": "192.0.2.1", "hostnames": ["a.example"]}]},
+        {"dnsPolicy": "None"},
+        {"dnsConfig": {"nameservers": ["192.0.2.53"]}},
+    ],
+)
+def test_a_pod_that_says_itself_what_names_mean_is_not_let_out(spec: Any) -> None:
+    """The sidecar resolves by the same tables."""
+    with pytest.raises(Denial, match="would be whatever this pod says"):
+        obstacles.refuse_by_name(a_pod({"securityContext": HELD}, **spec), Capture.REDIRECT)

@@ -236,6 +236,15 @@ def test_a_long_name_is_shortened_to_another() -> None:
             {"egress": [{"namespace": "a"}, {"cidr": "example.com"}]},
             r"spec\.egress\[1\]: 'example.com' does not appear",
         ),
+        ({"egress": [{"hosts": ["api.example.com"], "cidr": "192.0.2.0/24"}]}, r"hosts goes with ports alone"),
+        ({"egress": [{"hosts": ["192.0.2.1"]}]}, r"hosts"),
+        ({"egress": [{"hosts": ["*.com"]}]}, r"hosts"),
+        ({"egress": [{"hosts": ["API.example.com"]}]}, r"hosts"),
+        ({"egress": [{"hosts": ["a.example"]}], "capture": "remap"}, r"spec\.egress: hosts need capture redirect"),
+        (
+            {"egress": [{"hosts": ["a.example"]}], "agent": {"servers": [{"host": "a.b", "port": 1}]}},
+            r"spec\.egress: hosts are for servers",
+        ),
         ({"egress": [{"cidr": "192.0.2.1/24"}]}, r"192.0.2.1/24 has host bits set"),
         ({"egress": [{"cidr": "192.0.2.0/24", "except": ["198.51.100.0/24"]}]}, "is no part of"),
         ({"egress": [{"cidr": "192.0.2.0/24", "except": ["::/0"]}]}, "is no part of"),
@@ -257,3 +266,41 @@ def test_settings_are_read_as_profiles_are() -> None:
     for text in ("{}", "[{}]", "none", '[{"cidr": "example.com"}]'):
         with pytest.raises(ValueError, match="a JSON list of namespaces and address ranges"):
             decode_peers(text)
+
+
+def test_hosts_open_public_addresses_to_pods_that_reach_them_by_the_sidecar_alone() -> None:
+    """On the ports of all hosts together, without what is the cluster's own; the others keep what is declared."""
+    profile = a_profile(
+        egress=[{"hosts": ["a.example"]}, {"hosts": ["b.example"], "ports": [8443, 443]}, {"namespace": "db"}]
+    )
+    made = specs(replace(SETTINGS, private=("203.0.113.0/24", "2001:db8::/32")), ledger=profile)
+    opened = made["sidegate-hosts.ledger"]
+    blocks = [rule["to"][0]["ipBlock"] for rule in opened["egress"]]
+
+    assert {"key": "sidegate.dev/egress", "operator": "In", "values": ["hosts"]} in opened["podSelector"][
+        "matchExpressions"
+    ]
+    assert opened["podSelector"]["matchLabels"] == {"app": "ledger"}
+    assert [each["cidr"] for each in blocks] == ["0.0.0.0/0", "2000::/3"]
+    assert {"10.0.0.0/8", "169.254.0.0/16", "203.0.113.0/24"} < set(blocks[0]["except"])
+    assert blocks[1]["except"] == ["2001::/32", "2002::/16", "2001:db8::/32"]
+    assert opened["egress"][0]["ports"] == [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 8443}]
+    assert "ingress" not in opened
+    assert [rule["to"][0] for rule in made["sidegate.ledger"]["egress"]] == [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "db"}}}
+    ]
+
+
+def test_without_hosts_or_policies_nothing_is_opened() -> None:
+    """Nothing is made where nothing holds connections back."""
+    hosts = a_profile(egress=[{"hosts": ["a.example"]}])
+
+    assert "sidegate-hosts.ledger" not in specs(ledger=a_profile(egress=[{"cidr": "192.0.2.0/24"}]))
+    assert "sidegate-hosts.ledger" not in specs(replace(SETTINGS, mode="ingress"), ledger=hosts)
+
+
+def test_a_provider_outside_is_reached_where_hosts_are_named() -> None:
+    """The sidecar's own calls go the way that is open then."""
+    named = a_profile(identity={"providers": [{"name": "corp"}]}, egress=[{"hosts": ["a.example"]}])
+
+    assert undeclared({"ledger": named}, a_provider(issuer="https://login.example.com/tenant"), SETTINGS) == []
