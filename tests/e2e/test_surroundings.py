@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from certs.authority import Authority, make_key
 from tests.cluster.cluster import CommandError
-from tests.e2e.governed import ARTICLE, Governed, container, deployment, resource, service, workload_image
+from tests.e2e.governed import ARTICLE, Governed, container, deployment, records, resource, service, workload_image
 
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
@@ -25,6 +29,86 @@ RESTRICTED = {
     "runAsUser": 1000,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+
+
+WORLD = {"203.0.113.10": ("api.example.com", "other.example.com"), "203.0.113.66": ()}
+# Says to whoever speaks TLS at which address it was reached.
+ANSWER = """
+import socket, ssl
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("/tls/tls.crt", "/tls/tls.key")
+listener = socket.create_server(("0.0.0.0", 443))
+while True:
+    plain, _ = listener.accept()
+    plain.settimeout(5)
+    try:
+        with context.wrap_socket(plain, server_side=True) as tls:
+            tls.recv(1)
+            tls.sendall(tls.getsockname()[0].encode())
+    except OSError as error:
+        print(error, flush=True)
+"""
+# What is said at an address to who asks for a name, or why nothing is.
+CALL = """
+import socket, ssl, sys
+address, name, authority = sys.argv[1:]
+context = ssl.create_default_context(cadata=authority)
+try:
+    with socket.create_connection((address, 443), timeout=8) as plain:
+        with context.wrap_socket(plain, server_hostname=name) as tls:
+            tls.sendall(b"x")
+            print(tls.recv(100).decode())
+except OSError as error:
+    print(getattr(error, "reason", None) or type(error).__name__)
+"""
+SEND = """
+import socket
+try:
+    print(socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("203.0.113.10", 443)))
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(governed: Governed) -> str:
+    """Public addresses on the node, names for them in the cluster's DNS, and TLS behind them; gives its authority."""
+    cluster = governed.cluster
+    now, day, key = dt.datetime.now(dt.UTC), dt.timedelta(days=1), make_key()
+    serial = x509.random_serial_number()
+    authority = Authority.make(name="world", key=make_key(), now=now, lifetime=day, serial=serial)
+    names = [name for names in WORLD.values() for name in names]
+    leaf = authority.sign_serving(names, key.public_key(), now=now, lifetime=day, serial=x509.random_serial_number())
+    cluster.make_namespace("world")
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "tls", "namespace": "world"},
+        "stringData": {
+            "tls.key": key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode(),
+            "tls.crt": leaf.public_bytes(Encoding.PEM).decode(),
+        },
+    }
+    mount = {"volumeMounts": [{"name": "tls", "mountPath": "/tls", "readOnly": True}]}
+    tls = container("world", workload_image(), "python3", "-uc", ANSWER, **mount)
+    volumes = [{"name": "tls", "secret": {"secretName": "tls"}}]
+    cluster.apply(secret, deployment("world", "world", tls, volumes=volumes, hostNetwork=True))
+    for address in WORLD:
+        cluster.exec("ip", "address", "replace", f"{address}/32", "dev", "lo")
+    dns = ("--namespace", "kube-system")
+    configuration = cluster.get(*dns, "configmap", "coredns")
+    corefile = configuration["data"]["Corefile"]
+    if "hosts {" not in corefile:
+        table = "".join(f"        {address} {' '.join(names)}\n" for address, names in WORLD.items() if names)
+        configuration["data"]["Corefile"] = corefile.replace(
+            "cache 5", f"hosts {{\n{table}        fallthrough\n    }}\n    cache 5"
+        )
+        del configuration["metadata"]["resourceVersion"]
+        cluster.apply(configuration)
+        cluster.kubectl(*dns, "rollout", "restart", "deployment/coredns")
+        cluster.kubectl(*dns, "rollout", "status", "deployment/coredns", "--timeout=180s")
+    _up(cluster, "world", "world")
+    return authority.certificate_pem.decode()
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +264,45 @@ def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed,
     governed.cluster.wait_until(
         "the pod is found closed", lambda: found() == {"closed": 1, "exposed": 0}, timeout_s=CATCH_UP_S
     )
+
+
+def test_a_server_reaches_hosts_by_name_and_nothing_else_of_the_world(governed: Governed, world: str) -> None:
+    """Real TLS: a named host at its own address, whatever was dialled; no other name, no datagrams; all on record."""
+    cluster, namespace = governed.cluster, "traders"
+    cluster.make_namespace(namespace, **{"sidegate.dev/injection": "enabled"})
+    caller = f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default"
+    identity = {"callers": [caller], "providers": [{"name": "corp"}]}
+    spec = {"selector": {}, "identity": identity, "capture": "redirect", "egress": [{"hosts": ["api.example.com"]}]}
+    cluster.apply(resource("MCPServerProfile", "traders", spec, namespace))
+    cluster.wait_until("it is fenced in", lambda: _fenced(cluster, namespace, "sidegate", "sidegate-hosts.traders"))
+    command, ports = ("python3", "/opt/app/three_tools.py", "8000"), [{"name": "mcp", "containerPort": 8000}]
+    held = container("server", workload_image(), *command, ports=ports, securityContext=RESTRICTED)
+    cluster.apply(deployment(namespace, "traders", held))
+    _up(cluster, namespace, "traders")
+
+    def run(where: str, name: str, within: str, *code: str) -> str:
+        prefix = ("--namespace", where, "exec", f"deployment/{name}", f"--container={within}", "--", "python3", "-c")
+        return cluster.kubectl(*prefix, *code).strip()
+
+    def call(address: str, name: str) -> str:
+        return run(namespace, "traders", "server", CALL, address, name, world)
+
+    assert run("agents", "agent", "agent", CALL, "203.0.113.66", "other.example.com", world) == "203.0.113.66"
+    cluster.wait_until("the host is reached", lambda: call("api.example.com", "api.example.com") == "203.0.113.10")
+    assert call("203.0.113.66", "api.example.com") == "203.0.113.10"
+    assert "ACCESS_DENIED" in call("other.example.com", "other.example.com")
+    assert "ACCESS_DENIED" in call("203.0.113.10", "other.example.com")
+    assert run(namespace, "traders", "server", SEND) == "PermissionError"
+    pod = governed.pod("traders", namespace)["metadata"]
+    assert pod["labels"]["sidegate.dev/egress"] == "hosts"
+    kept = records(cluster.kubectl("--namespace", namespace, "logs", pod["name"], "--container=sidegate"))
+    outbound = [
+        (each["destination"]["host"], each["destination"]["address"])
+        for each in kept
+        if each["direction"] == "outbound"
+    ]
+    assert ("api.example.com", "203.0.113.10") in outbound
+    assert ("other.example.com", None) in outbound
+    refused = [each["decision"] for each in kept if each["outcome"] == "refused" and each["direction"] == "outbound"]
+    assert {each["reason"] for each in refused} == {"egress"}
+    assert all("not_allowed: other.example.com on port 443" in each["detail"] for each in refused)
