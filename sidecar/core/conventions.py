@@ -129,6 +129,7 @@ BUNDLE_INFO: Final = _gauge("bundle.info", "", "The policy bundle in force.", "r
 BUNDLE_AGE: Final = _gauge("bundle.age", "s", "Time since the control plane last confirmed the bundle.")
 BUNDLE_REFUSALS: Final = _count("bundle.refusals", "{bundle}", "Bundles that were offered and refused; the one before stays in force.")  # fmt: skip # noqa: E501
 SVID_EXPIRY: Final = _gauge("svid.expiry_timestamp", "s", "Unix time at which the SVID in use expires.")
+SVID_LIFETIME: Final = _gauge("svid.lifetime", "s", "For how long the SVID in use was issued.")
 READY: Final = _gauge("ready", "", "1: ready for calls; 0: not, and /readyz says why.")
 AUDIT_FAILURES: Final = _count("audit_failures", "{write}", "Failed audit writes.")
 AUDIT_LOST: Final = _count("audit_lost", "{record}", "Audit records that were never written, or deleted before anybody had them.")  # fmt: skip # noqa: E501
@@ -141,7 +142,7 @@ QUESTIONS: Final = _count("provider_questions", "{question}", "Questions to iden
 INSTRUMENTS: Final[tuple[Instrument, ...]] = (
     SERVER_OPERATION, CLIENT_OPERATION, DECISION, REFUSALS, DENIALS, CALLS, SPEND, LIMITED, OVER, WARNINGS, FALLBACKS,
     STORE_UNANSWERED, HANDSHAKES, CROSSINGS, HIDDEN, DIFFERENCES, CONTENT, IN_FLIGHT, READY, BUNDLE_INFO, BUNDLE_AGE, BUNDLE_REFUSALS,
-    SVID_EXPIRY, AUDIT_FAILURES, AUDIT_LOST, AUDIT_SHIPPED, AUDIT_RETRIES, AUDIT_WAITING, DROPPED, QUESTIONS,
+    SVID_EXPIRY, SVID_LIFETIME, AUDIT_FAILURES, AUDIT_LOST, AUDIT_SHIPPED, AUDIT_RETRIES, AUDIT_WAITING, DROPPED, QUESTIONS,
 )  # fmt: skip
 
 # Field, type, meaning; `?`: left out when not known. One line for each message, and nothing that a caller may keep private.

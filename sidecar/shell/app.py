@@ -357,6 +357,7 @@ class App:
             (conventions.BUNDLE_AGE, lambda: None if self._bundles is None else self._bundles.age_s),
             (conventions.BUNDLE_REFUSALS, lambda: None if self._bundles is None else self._bundles.refusals),
             (conventions.SVID_EXPIRY, self._svid_expiry_s),
+            (conventions.SVID_LIFETIME, self._svid_lifetime_s),
             (conventions.AUDIT_FAILURES, lambda: self._audit.failures),
             (conventions.AUDIT_LOST, lambda: self._audit.lost),
             *(gauge for each in self._shipping for gauge in each.gauges()),
@@ -386,6 +387,10 @@ class App:
     def _svid_expiry_s(self) -> float | None:
         current = None if self._identity is None else self._identity.source.current
         return None if current is None else current.svid.not_after.timestamp()
+
+    def _svid_lifetime_s(self) -> float | None:
+        current = None if self._identity is None else self._identity.source.current
+        return None if current is None else (current.svid.not_after - current.svid.not_before).total_seconds()
 
     async def _drain(self, accepting: "asyncio.Task[None]") -> None:
         """Stop accepting, let calls finish and streams end; log how long it took, and how many connections were cut."""

@@ -128,6 +128,10 @@ async def test_a_lost_agent_costs_nothing_while_the_svid_lives(tmp_path: Path) -
         source = app._identity.source
         await eventually(lambda: source.state == "degraded", what="the state")
         assert told(app) == ""
+        assert source.current  # what an alert is made of: how much of the SVID's life is left
+        life = source.current.svid.not_after - source.current.svid.not_before
+        readings = {each.name: read() for each, read in app._gauges()}
+        assert readings["sidegate.svid.lifetime"] == life.total_seconds() > 0
         client = await world.dial(port)
         await client.say(post(a_call()))
         assert await client.hear()
