@@ -73,7 +73,7 @@ test: $(READY)
 	$(BIN)/python -m coverage report --include="$(INJECTION)" --fail-under 100 --show-missing --skip-covered
 
 # What decides about pods and changes them: nothing of it may go untried.
-INJECTION = webhook/core/annotations.py,webhook/core/bounds.py,webhook/core/container.py,webhook/core/injection.py,webhook/core/obstacles.py,$\
+INJECTION = webhook/core/annotations.py,webhook/core/bounds.py,webhook/core/container.py,webhook/core/injection.py,webhook/core/node_paths.py,webhook/core/obstacles.py,$\
   webhook/core/patch.py,webhook/core/placement.py,webhook/core/pod.py,webhook/core/probes.py,webhook/core/quantity.py,webhook/core/relay.py
 
 e2e: $(READY)

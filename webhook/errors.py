@@ -30,6 +30,7 @@ class DenyCode(StrEnum):
     UNENFORCEABLE_HOST_NETWORK = "unenforceable_host_network"
     UNENFORCEABLE_HOST_PID = "unenforceable_host_pid"
     UNENFORCEABLE_HOST_IPC = "unenforceable_host_ipc"
+    UNENFORCEABLE_HOST_PATH = "unenforceable_host_path"  # a directory of the node from which the sidecar can be read
     UNENFORCEABLE_HOST_PORT = "unenforceable_host_port"
     UNENFORCEABLE_SHARED_PROCESSES = "unenforceable_shared_processes"
     UNENFORCEABLE_WINDOWS = "unenforceable_windows"

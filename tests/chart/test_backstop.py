@@ -16,7 +16,7 @@ from sidecar.config import Capture
 from tests.chart.render import CHART, NAMESPACE, helm
 from tests.cluster.apiserver import ApiServer
 from tests.webhook.core import golden_cases
-from webhook.core import resources
+from webhook.core import node_paths, obstacles, resources
 from webhook.core.container import Template
 from webhook.core.injection import Deny, Inject, NamespacePolicy, Skip, decide
 
@@ -311,11 +311,21 @@ FORGERIES: dict[str, tuple[str, Callable[[JSON], object]]] = {
     "same-user": ("runAsUser 15100", _security("app", runAsUser=15100)),
     "same-user-by-pod": ("runAsUser 15100", _spec(securityContext={"runAsUser": 15100})),
     "privileged": ("privileged", _security("app", privileged=True)),
+    "node-root": ("a hostPath leads to", _volume("node", {"hostPath": {"path": "//./"}})),
+    "node-socket": ("a hostPath leads to", _volume("node", {"hostPath": {"path": "/run/spire/x.sock"}})),
+    "read-all-files": ("DAC_READ_SEARCH", _security("app", capabilities={"add": ["CAP_DAC_READ_SEARCH"]})),
     "raw-sockets": ("NET_RAW", _security("app", capabilities={"add": ["CAP_NET_RAW"]})),
     "network-administrator": ("NET_ADMIN", _security("app", capabilities={"add": ["NET_ADMIN"]})),
     "host-port": ("hostPort", _swap("ports", [{"containerPort": 8080, "hostPort": 8080}], "app")),
     "sidecars-port": ("hostPort", _swap("ports", [{"containerPort": 15020}], "app")),
 }  # fmt: skip
+
+
+def test_the_policies_know_what_the_webhook_refuses() -> None:
+    """The same directories of the node, and the same capabilities."""
+    text = rendered("sidegate")
+    for each in (obstacles.CAPABILITIES, node_paths.SENSITIVE):
+        assert f"[{', '.join(repr(name) for name in sorted(each))}]" in text
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)

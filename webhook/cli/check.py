@@ -68,6 +68,7 @@ async def gather(kube: Kube, *, release: str, namespace: str, is_before: bool) -
     findings = [preflight.api_version(version)]
     for name, check in (
         ("platform", checks.platform),
+        ("aks", checks.aks),
         ("permissions", checks.permissions),
         ("spire-csi", checks.spire),
         ("network-policy", checks.network_policy),
@@ -110,6 +111,10 @@ class Checks:
     async def platform(self) -> Iterable[Finding]:
         """Find the vendor."""
         return preflight.platform(self._version, await self._groups())
+
+    async def aks(self) -> Iterable[Finding]:
+        """Look at the names of nodes."""
+        return preflight.aks(await self._kube.list_all("/apis/storage.k8s.io/v1/csinodes"))
 
     async def permissions(self) -> Iterable[Finding]:
         """Ask the API server what we may do."""
@@ -168,7 +173,8 @@ class Checks:
             secret = None
         text = ((secret or {}).get("data") or {}).get("ca.crt")
         ca_pem = base64.b64decode(text) if text else None
-        return [preflight.webhook_configuration(configuration, ca_pem, datetime.now(UTC))]
+        found = preflight.webhook_configuration(configuration, ca_pem, datetime.now(UTC))
+        return [found, *preflight.selectors(configuration)]
 
     async def backstop(self) -> Iterable[Finding]:
         """Look at what holds when nobody answers."""

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from sidecar.config import INBOUND_PORT, USER_ID, Capture, Role
+from webhook.core import node_paths
 from webhook.core.container import Template
 from webhook.core.pod import Capabilities, Container, Pod, SecurityContext
 from webhook.errors import Denial, DenyCode
 
 # With these a container can leave netfilter, the pod's namespaces or the sidecar's memory behind.
-_CAPABILITIES: Final = frozenset({"ALL", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "BPF"})
+CAPABILITIES: Final = frozenset(
+    {"ALL", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "SYS_RAWIO", "BPF", "PERFMON"}
+    | {"CHECKPOINT_RESTORE", "DAC_READ_SEARCH"}
+)
 GRACE_S: Final = 30  # the API's default, and what the sidecar's own drain is made for
 _DNS: Final = frozenset({"Default", "None"})  # policies by which the cluster's names may not resolve
 
@@ -46,6 +50,7 @@ _PROXIES: Final = {"istio-proxy": _ISTIO, "linkerd-proxy": _LINKERD}
 def refuse(bare: Pod, capture: Capture) -> None:
     """Raise Denial for what could not be enforced in the pod *bare*."""
     _refuse_pod(bare)
+    node_paths.refuse(bare)
     for each in bare.containers:
         _refuse_mesh(each, capture)
         _refuse_container(each)
@@ -168,10 +173,10 @@ def _refuse_container(each: Container) -> None:
             f"container {each.name}: runAsUser {USER_ID} is the sidecar's, whose memory and files it could read; use another",
         )
     added = security.capabilities.add if security.capabilities else None
-    if dangerous := sorted(_named(added) & _CAPABILITIES):
+    if dangerous := sorted(_named(added) & CAPABILITIES):
         raise Denial(
             DenyCode.UNENFORCEABLE_CAPABILITY,
-            f"container {each.name}: capability {', '.join(dangerous)} can undo the capture; remove it",
+            f"container {each.name}: capability {', '.join(dangerous)} can undo the capture or reach the sidecar; remove it",
         )
 
 

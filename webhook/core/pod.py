@@ -106,10 +106,11 @@ class Container(View, frozen=True, kw_only=True):
 
 
 class Volume(View, frozen=True, kw_only=True):
-    """A volume; *csi* matters, as it is how the Workload API comes in."""
+    """A volume; *csi* matters, as it is how the Workload API comes in, and *host_path*, as it is how a pod gets out."""
 
     name: str
     csi: JSON | None = None
+    host_path: JSON | None = None
 
 
 class OperatingSystem(View, frozen=True, kw_only=True):

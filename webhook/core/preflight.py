@@ -1,8 +1,8 @@
 """What `sidegate check` finds: each judgement from objects of the API server to one Finding, with what to do.
 
 What the API cannot tell (whether a CNI enforces NetworkPolicies, whether a node runs its SPIRE agent) is said to be
-unknown, not guessed. Sources: KEP-753 (native sidecars), spiffe-csi and OpenShift documentation (CSI volumes), GKE documentation
-(firewall rules of private clusters), docs/how-to/upgrade.md (CRDs).
+unknown, not guessed. Sources: KEP-753 (native sidecars), spiffe-csi and OpenShift documentation (CSI volumes, SCCs), GKE
+documentation (firewall rules of private clusters), AKS FAQ (admissions enforcer), docs/how-to/upgrade.md (CRDs).
 """
 
 import base64
@@ -16,7 +16,7 @@ import msgspec
 from cryptography import x509
 
 from webhook.core import resources
-from webhook.core.injection import BREAK_GLASS_LABEL, INJECTION_LABEL, policy_of
+from webhook.core.injection import BREAK_GLASS_LABEL, INJECTION_LABEL, SYSTEM_LABELS, policy_of
 from webhook.core.pod import JSON
 
 OLDEST: Final = (1, 33)  # as the chart's kubeVersion
@@ -31,6 +31,8 @@ INJECTORS: Final[Mapping[str, str]] = {  # parts of names of what changes pods a
     "kuma": "Kuma",
 }
 ENFORCERS: Final = ("calico", "cilium", "anetd", "antrea", "kube-router", "azure-npm", "weave", "kindnet", "ovn")
+VENDORS: Final = frozenset(key for key, _ in SYSTEM_LABELS)
+ENFORCER: Final = "admissions.enforcer/disabled"
 NEEDED: Final = (  # what an installation creates, as group, resource, verb
     ("apiextensions.k8s.io", "customresourcedefinitions", "create"),
     ("admissionregistration.k8s.io", "mutatingwebhookconfigurations", "create"),
@@ -324,9 +326,35 @@ def platform(version: JSON, groups: Iterable[str]) -> Iterator[Finding]:
         yield Finding(
             "openshift",
             Level.WARN,
-            "OpenShift: service accounts of governed pods need an SCC that allows UID 15100",
-            "see docs/how-to/restricted-clusters.md",
+            "OpenShift: the default SCC allows no UID 15100, which sidecars have",
+            "oc adm policy add-scc-to-user nonroot-v2 -z SERVICE_ACCOUNT -n NAMESPACE; see docs/how-to/restricted-clusters.md",
         )
+
+
+def aks(nodes: Iterable[JSON]) -> Iterator[Finding]:
+    """Yield what is to be known of AKS, by the names that it gives to nodes."""
+    if any(each["metadata"]["name"].startswith("aks-") for each in nodes):
+        yield Finding(
+            "aks",
+            Level.WARN,
+            "AKS: its admissions enforcer rewrites the namespaceSelectors of webhooks that do not opt out",
+            f"leave the chart's annotation {ENFORCER}; sidegate check names selectors that were rewritten",
+        )
+
+
+def selectors(configuration: JSON | None) -> Iterator[Finding]:
+    """Yield for each of our webhooks which labels of namespaces keep it out, where the chart does not say so."""
+    for webhook in (configuration or {}).get("webhooks") or ():
+        is_optional = webhook["name"].startswith("optional.")
+        for each in (webhook.get("namespaceSelector") or {}).get("matchExpressions") or ():
+            is_ours = is_optional and each["operator"] == "NotIn"
+            if each["key"] in VENDORS and not is_ours:
+                yield Finding(
+                    "webhook-selectors",
+                    Level.FAIL,
+                    f"{webhook['name']}: namespaces with label {each['key']} are left out, and their pods refused by the backstop",
+                    f'AKS does that; annotate the configuration {ENFORCER}: "true", and helm upgrade',
+                )
 
 
 def worst(findings: Iterable[Finding]) -> Level:

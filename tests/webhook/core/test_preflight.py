@@ -238,6 +238,31 @@ def test_platforms_have_their_traps() -> None:
     assert list(preflight.platform({"gitVersion": "v1.35.2"}, ["apps"])) == []
 
 
+def test_aks_is_known_by_its_nodes() -> None:
+    """Its enforcer is told of before the installation."""
+    (found,) = preflight.aks([named("aks-pool-1"), named("aks-pool-2")])
+
+    assert found.level is Level.WARN
+    assert "admissions.enforcer/disabled" in found.fix
+    assert list(preflight.aks([named("ip-10-0-0-1")])) == []
+
+
+def test_selectors_that_somebody_rewrote_are_found() -> None:
+    """What the chart writes is no rewriting; what AKS adds, or a vendor's label at those that enforce, is."""
+
+    def webhook(name: str, *expressions: Any) -> Any:
+        return {"name": f"{name}.inject.sidegate.dev", "namespaceSelector": {"matchExpressions": list(expressions)}}
+
+    ours = {"key": "control-plane", "operator": "NotIn", "values": ["true"]}
+    azure = {"key": "control-plane", "operator": "DoesNotExist"}
+    plain = {"key": "sidegate.dev/injection", "operator": "In", "values": ["enforced"]}
+    good = {"webhooks": [webhook("optional", ours), webhook("enforced", plain), {"name": "bare"}]}
+    bad = {"webhooks": [webhook("optional", ours, azure), webhook("enforced", plain, ours)]}
+
+    assert list(preflight.selectors(good)) == list(preflight.selectors(None)) == []
+    assert levels(preflight.selectors(bad)) == [("webhook-selectors", "fail")] * 2
+
+
 def test_the_worst_level_decides() -> None:
     """The exit status follows it."""
     ok, warn, fail = (Finding("x", level, "") for level in Level)
