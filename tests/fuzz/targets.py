@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import re
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from sidecar.core.content import Content
 from sidecar.core.dpop import Proofs, check_proof
 from sidecar.core.endpoint import target_of
 from sidecar.core.filters import Reader
+from sidecar.core.hosts import Barred, host_of
 from sidecar.core.identity import authenticate, trust
 from sidecar.core.jwk import thumbprint
 from sidecar.core.limits import Admission
@@ -45,6 +47,7 @@ from sidecar.core.toolhive import translate
 from sidecar.errors import BundleError, Reason, Refusal
 from sidecar.exchange import Exchange
 from sidecar.shell.inbound import Inbound
+from sidecar.shell.openings import HANDSHAKE, opening
 from sidecar.shell.serving import Serving
 from sidecar.shell.upstream import Call, Sink, _request
 from tests.builders import a_call, a_connection, a_permit, a_question, a_request, a_snapshot
@@ -792,6 +795,45 @@ DOCUMENTS: Final = (
 )
 
 
+# The first bytes of a server's own connections
+
+
+def run_opening(data: bytes) -> str:
+    """Read the host by *data* whole and byte by byte; what passes is a name that rules can have, on the dialled port."""
+    readings = []
+    for pieces in ([data], [data[each : each + 1] for each in range(len(data))]):
+        reader, host = opening(data[0] if data else 0, 80), None
+        try:
+            for piece in pieces:
+                host = reader.feed(piece) if host is None or data[0] != HANDSHAKE else host
+        except Barred as barred:
+            readings.append(barred.why)
+            assert reader.refusal(barred) is not None
+        else:
+            readings.append(host or "more")
+            assert host is None or host_of(host) == host
+    assert readings[0] == readings[1], f"read as {readings[0]} whole, as {readings[1]} byte by byte"
+    return str(readings[0])
+
+
+def _hello() -> bytes:
+    context, outgoing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.MemoryBIO()
+    context.check_hostname = False
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="api.example.com").do_handshake()
+    return outgoing.read()
+
+
+OPENINGS: Final = (
+    b"GET / HTTP/1.1\r\nHost: api.example.com\r\n\r\n",
+    b"POST http://api.example.com:80/x HTTP/1.1\r\nHost: api.example.com\r\nContent-Length: 2\r\n\r\n{}",
+    b"GET / HTTP/1.0\r\nHost: api.example.com.\r\n\r\nGET / HTTP/1.1\r\nHost: b.example\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+    b"CONNECT a.example:443 HTTP/1.1\r\nHost: a.example\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+)
+
+
 def _targets() -> Iterator[Target]:
     packed = bundle.encode(_FILES, _KEY)
     profiles = [_FILES["sidegate.json"], *(file.read_bytes() for file in _EXAMPLES.rglob("sidegate.json"))]
@@ -827,6 +869,7 @@ def _targets() -> Iterator[Target]:
     yield Target(name="dpop", run=run_dpop, seeds=_seeds("dpop+jwt", _PROVED, jwk=_JWK))
     yield Target(name="oauth", run=run_oauth, seeds=[b'{"access_token":"t","token_type":"Bearer","expires_in":60}'])
     yield Target(name="bundle", run=run_bundle, seeds=[b"z" + packed, b"t" + gzip.decompress(packed)])
+    yield Target(name="opening", run=run_opening, seeds=[*OPENINGS, _hello()])
     yield Target(name="profile", run=run_profile, seeds=profiles)
 
 

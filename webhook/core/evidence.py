@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.config import PREFIX, Capture
+from sidecar.config import PREFIX, Capture, WayOut
 from webhook.core import container, obstacles, relay
 from webhook.core import pod as pods
-from webhook.core.annotations import AGENT, CAPTURED, INJECTED
+from webhook.core.annotations import AGENT, CAPTURED, EGRESS, INJECTED
 from webhook.core.injection import take_apart
 from webhook.core.pod import JSON
 from webhook.errors import Denial
@@ -62,6 +62,8 @@ def doubt(raw: JSON, origin: Origin) -> str:
         if INJECTED not in seen.labels or capture not in (Capture.REDIRECT, Capture.REMAP):
             return f"labels {INJECTED} and {CAPTURED} are not what the injector writes"
         obstacles.refuse(bare, Capture(capture))
+        if EGRESS in seen.labels:
+            obstacles.refuse_by_name(bare, Capture(capture))
     except Denial as denial:
         return str(denial)
     every = raw["spec"]["initContainers"]
@@ -86,6 +88,8 @@ def _doubts(ours: list[JSON], volumes: Any, labels: Mapping[str, str], origin: O
         yield f"label {CAPTURED}={labels[CAPTURED]} is not what captures its traffic"
     if (env.get(f"{PREFIX}ROLE") == "agent") is not (labels.get(AGENT) == "true"):
         yield f"label {AGENT} and the sidecar's role differ"
+    if not _has_rules_of_its_role(ours, labels):
+        yield f"container {container.NET}: its rules are not what role and label {EGRESS} say"
     for volume in volumes:
         kinds = volume.keys() - {"name"}
         if volume["name"] == container.SPIFFE_VOLUME:
@@ -94,6 +98,14 @@ def _doubts(ours: list[JSON], volumes: Any, labels: Mapping[str, str], origin: O
             is_ours = volume["name"] not in container.VOLUMES or kinds == {"emptyDir"}
         if not is_ours:
             yield f"volume {volume['name']}: it is not what the injector makes"
+
+
+def _has_rules_of_its_role(ours: list[JSON], labels: Mapping[str, str]) -> bool:
+    """Say whether the init container loads, if it is there, what a server, one let out by name, or an agent needs."""
+    is_by_name = EGRESS in labels
+    has_argument = is_by_name or labels.get(AGENT) == "true"
+    asked = [each["command"][3:] for each in ours if each["name"] == container.NET and each.get("command")]
+    return all((what == [WayOut.HOSTS]) is is_by_name and bool(what) is has_argument for what in asked)
 
 
 def _of_container(each: JSON, origin: Origin) -> Iterator[str]:
