@@ -250,7 +250,7 @@ def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed,
     command = ("--namespace", "agents", "exec", "deployment/agent", "--", "python3", "-c", script)
     assert governed.pod("tight", restricted)
 
-    def found() -> dict[str, float]:
+    def is_proven() -> bool:
         selector = "--selector=app.kubernetes.io/name=sidegate"
         replicas = governed.cluster.get("--namespace", "sidegate-system", "pods", selector)["items"]
         sums = {"closed": 0.0, "exposed": 0.0}
@@ -259,11 +259,9 @@ def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed,
                 for state in sums:
                     if line.startswith(f'sidegate_remapped_pods{{state="{state}"}} '):
                         sums[state] += float(line.rpartition(" ")[2])
-        return sums
+        return sums["closed"] > 0 and sums["exposed"] == 0
 
-    governed.cluster.wait_until(
-        "the pod is found closed", lambda: found() == {"closed": 1, "exposed": 0}, timeout_s=CATCH_UP_S
-    )
+    governed.cluster.wait_until("the pod is found closed", is_proven, timeout_s=CATCH_UP_S)
 
 
 def test_a_server_reaches_hosts_by_name_and_nothing_else_of_the_world(governed: Governed, world: str) -> None:
