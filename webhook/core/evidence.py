@@ -88,8 +88,7 @@ def _doubts(ours: list[JSON], volumes: Any, labels: Mapping[str, str], origin: O
         yield f"label {CAPTURED}={labels[CAPTURED]} is not what captures its traffic"
     if (env.get(f"{PREFIX}ROLE") == "agent") is not (labels.get(AGENT) == "true"):
         yield f"label {AGENT} and the sidecar's role differ"
-    if not _has_rules_of_its_role(ours, labels):
-        yield f"container {container.NET}: its rules are not what role and label {EGRESS} say"
+    yield from _of_rules(ours, labels)
     for volume in volumes:
         kinds = volume.keys() - {"name"}
         if volume["name"] == container.SPIFFE_VOLUME:
@@ -100,12 +99,13 @@ def _doubts(ours: list[JSON], volumes: Any, labels: Mapping[str, str], origin: O
             yield f"volume {volume['name']}: it is not what the injector makes"
 
 
-def _has_rules_of_its_role(ours: list[JSON], labels: Mapping[str, str]) -> bool:
-    """Say whether the init container loads, if it is there, what a server, one let out by name, or an agent needs."""
+def _of_rules(ours: list[JSON], labels: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with what the init container loads, if it is there."""
     is_by_name = EGRESS in labels
     has_argument = is_by_name or labels.get(AGENT) == "true"
     asked = [each["command"][3:] for each in ours if each["name"] == container.NET and each.get("command")]
-    return all((what == [WayOut.HOSTS]) is is_by_name and bool(what) is has_argument for what in asked)
+    if not all((what == [WayOut.HOSTS]) is is_by_name and bool(what) is has_argument for what in asked):
+        yield f"container {container.NET}: its rules are not what role and label {EGRESS} say"
 
 
 def _of_container(each: JSON, origin: Origin) -> Iterator[str]:
