@@ -1,19 +1,20 @@
 """What a decision costs: both engines, 50 rules, arguments of three sizes; afresh, and remembered. `python -m bench.decisions`.
 
 CPU time of this process, the least of some blocks less that of an empty loop: what else the machine does hardly counts.
-`first` is a caller's first question about a tool, for which Cedar reads entities; `afresh` asks with other arguments,
-`again` with the same. Rules read the role, the tool and one argument, so a larger argument
+`first` is the first question of all, for which Cedar reads entities; `elsewhere` is a caller's first about another tool,
+`afresh` asks with other arguments, `again` with the same. Rules read the role, the tool and one argument, so a larger argument
 that no rule reads should cost nothing more.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from sidecar.core.authorise import Agent, Engine, Question, Verdict
 from sidecar.core.bundle import PROFILE, Bundle
-from sidecar.core.cedar import CedarEngine
+from sidecar.core.cedar import MAX_ENTITIES, CedarEngine
 from sidecar.core.engines import engines
 from sidecar.core.identity import Principal
 from sidecar.core.message import Message, Shape, Tool
@@ -46,13 +47,14 @@ def policies() -> tuple[Policies, Policies]:
     return Policies(cedar={"bench.cedar": cedar}), Policies(rego={"bench.rego": rego})
 
 
-def question_of(members: int) -> Question:
-    """Return a question that the last rule allows, with so many arguments."""
+def questions_of(members: int) -> Iterator[Question]:
+    """Yield questions with so many arguments, each about another tool; the last rule allows the first of them."""
     arguments = {f"a{n}": "x" if n == 0 else f"value-{n:06}-xxxxx" for n in range(members)}
-    target = Tool(name=f"tool-{RULES - 1}", arguments=arguments)
-    message = Message(shape=Shape.REQUEST, method="tools/call", id=1, target=target, params={})
     principal = Principal(workload=None, user=a_user(f"role-{RULES - 1}"), expires_at_s=2e9)
-    return Question(principal=principal, message=message, server=SERVER, agent=Agent(), time_ns=1)
+    for number in itertools.count(RULES - 1):
+        target = Tool(name=f"tool-{number}", arguments=arguments)
+        message = Message(shape=Shape.REQUEST, method="tools/call", id=1, target=target, params={})
+        yield Question(principal=principal, message=message, server=SERVER, agent=Agent(), time_ns=1)
 
 
 def cost_us(engine: Engine, question: Question) -> float:
@@ -71,7 +73,7 @@ def _least_s(act: Callable[[], object]) -> float:
 
 
 class Forgetful:
-    """An engine that has never seen the caller."""
+    """An engine that has never been asked."""
 
     name = "forgetful"
 
@@ -85,17 +87,32 @@ class Forgetful:
         return self._engine.decide(question)
 
 
-def rows() -> Iterator[tuple[str, str, float, float, float]]:
-    """Yield engine, size of the arguments, and microseconds of a decision: first, afresh, again."""
+class Moving:
+    """An engine that is asked about another tool each time, of so many that it cannot keep them."""
+
+    name = "moving"
+
+    def __init__(self, engine: Engine, members: int) -> None:
+        self._engine = engine
+        self._questions = itertools.cycle(itertools.islice(questions_of(members), 2 * MAX_ENTITIES))
+
+    def decide(self, _: Question) -> Verdict:
+        """Return the verdict on the next question."""
+        return self._engine.decide(next(self._questions))
+
+
+def rows() -> Iterator[tuple[str, str, float, float, float, float]]:
+    """Yield engine, size of the arguments, and microseconds of a decision: first, elsewhere, afresh, again."""
     for each in policies():
         bundle = bundle_of(each)
         (remembering,) = engines(bundle).enforced
         assert isinstance(remembering, Remembering)  # noqa: S101 - for the type checker: the rules are pure
         (engine,) = remembering.engines
         for size, members in SIZES.items():
-            question = question_of(members)
-            fresh_us = cost_us(engine, question)
-            yield engine.name, size, cost_us(Forgetful(engine), question), fresh_us, cost_us(remembering, question)
+            question = next(questions_of(members))
+            asked = (Forgetful(engine), Moving(engine, members), engine, remembering)
+            first_us, elsewhere_us, fresh_us, again_us = (cost_us(one, question) for one in asked)
+            yield engine.name, size, first_us, elsewhere_us, fresh_us, again_us
 
 
 def bundle_of(policies_: Policies) -> Bundle:
@@ -113,9 +130,9 @@ def activation_s(bundle: Bundle) -> float:
 
 def main() -> None:
     """Print the table."""
-    print(f"{'engine':8} {'arguments':>10} {'first':>10} {'afresh':>10} {'again':>10}")
-    for engine, size, first_us, fresh_us, again_us in rows():
-        print(f"{engine:8} {size:>10} {first_us:7.1f} us {fresh_us:7.1f} us {again_us:7.2f} us")
+    print(f"{'engine':8} {'arguments':>10} {'first':>10} {'elsewhere':>10} {'afresh':>10} {'again':>10}")
+    for engine, size, first_us, elsewhere_us, fresh_us, again_us in rows():
+        print(f"{engine:8} {size:>10} {first_us:7.1f} us {elsewhere_us:7.1f} us {fresh_us:7.1f} us {again_us:7.2f} us")
     for each in policies():
         bundle = bundle_of(each)
         kind = "cedar" if each.cedar else "rego"

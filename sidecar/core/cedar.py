@@ -30,8 +30,8 @@ from sidecar.errors import BundleError
 Json = dict[str, Any]
 ESCAPES: Final = frozenset({"__entity", "__extn", "__expr"})  # Cedar's JSON reads these as entities and calls
 MAX_INTEGER: Final = 2**63 - 1
-MAX_ENTITIES: Final = 512  # callers at things, kept in Cedar's own form; about 2 KB each
-MAX_ENTITIES_CHARS: Final = 8192  # of one kept
+MAX_ENTITIES: Final = 512  # callers, and callers at things, kept in Cedar's own form; about 2 KB each
+MAX_ENTITIES_CHARS: Final = 8192  # of what is kept
 _POLICY: Final = re.compile(r"policy\d+")
 
 
@@ -53,7 +53,7 @@ class CedarEngine:
     ) -> None:
         """Parse *policies*, file name -> text, which speak *vocabulary*. Raises BundleError naming the file."""
         self._projection = projection
-        self._entities: OrderedDict[str, cedarpy.Entities] = OrderedDict()
+        self._entities: OrderedDict[tuple[str, ...], cedarpy.Entities] = OrderedDict()
         self._translate = translate
         if vocabulary == "toolhive":
             from sidecar.core import toolhive  # noqa: PLC0415 - which needs this module, and few need it
@@ -88,14 +88,15 @@ class CedarEngine:
         """Keep no entities."""
         self._entities.clear()
 
-    def _parsed(self, entities: str) -> cedarpy.Entities:
-        """Return *entities*, JSON, in Cedar's own form: the same caller at the same tool has the same."""
+    def _parsed(self, entities: tuple[str, ...]) -> cedarpy.Entities:
+        """Return *entities* in Cedar's own form: a caller at another tool has all but the last of them already."""
         kept = self._entities.get(entities)
         if kept is not None:
             self._entities.move_to_end(entities)
             return kept
-        made = cedarpy.Entities.from_json_str(entities)
-        if len(entities) <= MAX_ENTITIES_CHARS:
+        *before, last = entities
+        made = self._parsed(tuple(before)).with_added_json_str(last) if before else cedarpy.Entities.from_json_str(last)
+        if sum(map(len, entities)) <= MAX_ENTITIES_CHARS:
             if len(self._entities) >= MAX_ENTITIES:
                 self._entities.popitem(last=False)
             self._entities[entities] = made
@@ -117,23 +118,23 @@ def _labels(name: str, text: str) -> list[str]:
     return [each.get("id") or f"{name}#{number}" for number, each in enumerate(annotations)]
 
 
-def translate(document: Mapping[str, Any]) -> tuple[Json, str]:
-    """Return request and entities (JSON) for *document*; raises Unspeakable."""
+def translate(document: Mapping[str, Any]) -> tuple[Json, tuple[str, ...]]:
+    """Return request and entities for *document*: JSON of each, what changes least first. Raises Unspeakable."""
     principal, attributes, parents = _principal(document)
     resource, described, server = _resource(document)
     entities = [
-        {"uid": principal, "attrs": attributes, "parents": parents},
         {"uid": server, "attrs": _without_null(document.get("server") or {}), "parents": []},
+        {"uid": principal, "attrs": attributes, "parents": parents},
     ]
     if resource != server:
-        entities.insert(1, {"uid": resource, "attrs": described, "parents": [server]})
+        entities.append({"uid": resource, "attrs": described, "parents": [server]})
     request = {
         "principal": principal,
         "action": {"type": "Action", "id": str(document.get("method"))},
         "resource": resource,
         "context": written(_context(document)),
     }
-    return request, written(entities)
+    return request, tuple([written([each]) for each in entities])
 
 
 def written(value: Any) -> str:

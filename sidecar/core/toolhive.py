@@ -27,8 +27,8 @@ MAX_DECIMAL: Final = Decimal(2**63 - 1) / 10_000
 MAX_DEPTH: Final = 10  # of claims; deeper ones are left out there, and refused here
 
 
-def translate(document: Mapping[str, Any]) -> tuple[Json, str]:
-    """Return request and entities (JSON) for *document*; raises Unspeakable."""
+def translate(document: Mapping[str, Any]) -> tuple[Json, tuple[str, ...]]:
+    """Return request and entities for *document*: JSON of each, the caller first. Raises Unspeakable."""
     user, method = document.get("user"), str(document.get("method"))
     if user is None:
         raise Unspeakable("ToolHive's vocabulary has no principal without a user")
@@ -57,7 +57,7 @@ def translate(document: Mapping[str, Any]) -> tuple[Json, str]:
         "resource": resource,
         "context": context,
     }
-    return request, written(entities)
+    return request, tuple([written([each]) for each in entities])
 
 
 def _argument(name: str, value: Any) -> tuple[str, Any]:

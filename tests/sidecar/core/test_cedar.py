@@ -178,7 +178,7 @@ def test_names_are_never_syntax(name: str) -> None:
     request, entities = translate(a_question(name, user=user).document())
 
     assert request["principal"]["id"] == f"https://id.test#{name}"
-    assert json.loads(entities)[1]["uid"] == {"type": "Tool", "id": f"database/{name}"}
+    assert json.loads(entities[-1])[0]["uid"] == {"type": "Tool", "id": f"database/{name}"}
     assert engine(PERMIT).decide(a_question(name, user=user)).allowed
     assert not when('principal == User::"admin"').decide(a_question(name, user=user)).allowed
 
@@ -296,3 +296,28 @@ def test_a_rule_may_read_who_acts_for_the_user() -> None:
     assert rule.decide(a_question(user=acting)).allowed
     assert not rule.decide(a_question()).allowed
     assert when("context.delegation.isEmpty()").decide(a_question()).allowed
+
+
+KEEPING = engine(
+    'permit (principal in Role::"a", action, resource) when { resource.name == "x" };',
+    'permit (principal, action, resource in Server::"database") when { principal.id == "u-2" };',
+    'forbid (principal in Group::"g", action, resource == Tool::"database/y");',
+)
+CALLERS = tuple(
+    a_user(id=name, role=role, groups=groups)
+    for name in ("u-1", "u-2")
+    for role in ("a", "b")
+    for groups in ((), ("g",))
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from([*CALLERS, None]), st.sampled_from(["x", "y"])), max_size=6))
+def test_a_verdict_does_not_depend_on_who_asked_before(asked_: list[tuple[User | None, str]]) -> None:
+    """Entities are kept and shared; a caller never gets another's role, group or name."""
+    for user, tool in asked_:
+        role, groups, name = (user.role, user.groups, user.id) if user else (None, (), None)
+        allowed = (role == "a" and tool == "x") or name == "u-2"
+
+        verdict = KEEPING.decide(a_question(tool, user=user, nobody=user is None))
+
+        assert verdict.allowed == (allowed and not ("g" in groups and tool == "y"))

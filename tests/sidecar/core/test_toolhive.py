@@ -14,7 +14,7 @@ from tests.sidecar.questions import a_question, a_user
 def said(*asked: Any, **changes: Any) -> tuple[Any, Any]:
     """Return request and entities of a question."""
     request, entities = translate(a_question(*asked, **changes).document())
-    return request, json.loads(entities)
+    return request, [json.loads(each)[0] for each in entities]
 
 
 def test_a_tool_call_is_told_as_toolhive_tells_it() -> None:

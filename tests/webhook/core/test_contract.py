@@ -1,5 +1,6 @@
 """webhook/core/contract.py: the schemas describe the document that engines see, field by field."""
 
+import json
 from typing import Any
 
 import cedarpy
@@ -67,7 +68,8 @@ def test_cedars_schema_fits_what_cedar_is_asked(kind: str) -> None:
     request, entities = translate(document)
     schema = cedarpy.Schema.from_str(cedar_schema("{n?: Long}", "{c?: String}"))
 
-    result = cedarpy.is_authorized(request, "permit (principal, action, resource);", entities, schema=schema)
+    described = [json.loads(each)[0] for each in entities]
+    result = cedarpy.is_authorized(request, "permit (principal, action, resource);", described, schema=schema)
 
     assert result.diagnostics.errors == []
     assert result.decision is cedarpy.Decision.Allow
