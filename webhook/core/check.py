@@ -14,7 +14,8 @@ from typing import Any, Final, Literal
 import cedarpy
 
 from webhook.core import contract
-from webhook.core.compile import context_path, opa_errors, tokens
+from webhook.core.cedar import context_path, tokens
+from webhook.core.compile import opa_errors
 from webhook.core.contract import ACTIONS
 
 _OPTIONAL: Final = re.compile(r"optional attribute `(?P<path>[^`]+)`")

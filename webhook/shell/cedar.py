@@ -4,7 +4,6 @@ Source: measured with cedarpy 4.12, 400 to 800 nested parentheses.
 """
 
 import asyncio
-import dataclasses
 import json
 import os
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 
 from webhook.core import compile as compiler
 from webhook.core.check import Finding
-from webhook.core.check import cedar as cedar_findings
 from webhook.errors import BadPolicy
 
 DEADLINE_S = 10.0
@@ -20,8 +18,7 @@ DEADLINE_S = 10.0
 
 async def compile(policies: compiler.Policies) -> compiler.Compiled:  # noqa: A001 - as Opa.compile; no call of the builtin
     """Return what the Cedar policies read; raises BadPolicy with file, line and column."""
-    reads = (await _ask(policies))["reads"]
-    return compiler.Compiled(reads=None if reads is None else frozenset(reads))
+    return compiler.cedar((await _ask(policies))["reads"])
 
 
 async def check(policies: compiler.Policies) -> list[Finding]:
@@ -36,7 +33,7 @@ async def _ask(policies: compiler.Policies, *, check: bool = False) -> Any:
     ).encode()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "webhook.shell.cedar"),
+        *("-m", "webhook.shell.cedar_parser"),
         env={"PYTHONPATH": os.pathsep.join(sys.path)},  # and nothing else of this process's environment
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -57,23 +54,3 @@ async def _ask(policies: compiler.Policies, *, check: bool = False) -> Any:
     if "message" in answer:
         raise BadPolicy(answer["file"], answer["message"], line=answer["line"], column=answer["column"])
     return answer
-
-
-def main() -> None:
-    """Answer the question on standard input."""
-    asked = json.load(sys.stdin)
-    try:
-        reads = compiler.cedar(asked["policies"], asked["schema"], vocabulary=asked["vocabulary"]).reads
-        findings = cedar_findings(asked["policies"], vocabulary=asked["vocabulary"]) if asked["check"] else []
-    except BadPolicy as error:
-        answer = {"file": error.file, "message": error.message, "line": error.line, "column": error.column}
-    else:
-        answer = {
-            "reads": None if reads is None else sorted(reads),
-            "findings": [dataclasses.asdict(each) for each in findings],
-        }
-    json.dump(answer, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,16 +5,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sidecar.core import bundle
-from sidecar.core.cedar import CedarEngine
 from sidecar.core.profile import Identity, Limit, Profile, Provider, Server, decode
-from sidecar.core.projection import Projection
-from tests.sidecar.questions import a_question, a_user
 from webhook.core import compile as compiler
-from webhook.core.compile import CEDAR_ENTITIES, Compiled, Data, Policies, files, opa_error
+from webhook.core.compile import Compiled, Data, Policies, files, opa_error
 from webhook.errors import BadPolicy
 
 PROFILE = Profile(server=Server(namespace="n", workload="w", name="s", port=1))
@@ -208,132 +203,3 @@ def test_impure_functions_are_mentions_too() -> None:
 def test_reasons_are_an_entrypoint_where_they_are_a_rule(modules: list[Any], expected: tuple[str, ...]) -> None:
     """OPA refuses an entrypoint that is no rule."""
     assert compiler.entrypoints(modules) == expected
-
-
-# --- Cedar ---
-
-
-@pytest.mark.parametrize(
-    ("condition", "paths"),
-    [
-        ("true", set()),
-        ("context.args.x == 1", {"/tool/args/x", "/prompt/args/x"}),
-        ("context.args has x", {"/tool/args/x", "/prompt/args/x"}),
-        ("context.claims has y.z", {"/user/claims/y", "/user/claims/y/z"}),
-        ('context.args["a/b"].c like "x*"', {"/tool/args/a~1b/c", "/prompt/args/a~1b/c"}),
-        ("context.args == {a: 1}", {"/tool/args", "/prompt/args"}),
-        ("context has args", {"/tool/args", "/prompt/args"}),
-        ("[context.claims.role].contains(1)", {"/user/claims/role"}),
-        ('(if context.agent.session == "x" then context.request else context.request).time > 1', {"/agent/session", "/request"}),
-        ('context.elicitation.mode == "url"', {"/elicitation/mode"}),
-        ("context.delegation.isEmpty()", {"/delegation"}),
-        ("context.nothing.at.all", set()),
-        ("context has nothing", set()),
-    ],
-)  # fmt: skip
-def test_what_cedar_policies_read(condition: str, paths: set[str]) -> None:
-    """Every mention of the context counts; entities are always made."""
-    text = f"{PERMIT} forbid (principal, action, resource) when {{ {condition} }};"
-
-    assert compiler.cedar({"a.cedar": text}).reads == {*CEDAR_ENTITIES, *paths}
-
-
-@pytest.mark.parametrize(
-    "condition",
-    ["context == {}", '{"k": context}.k.args.x', "[context].contains(1)", "(if true then context else context).args"],
-)
-def test_a_context_used_as_a_value_proves_nothing(condition: str) -> None:
-    """Then the whole document is handed over."""
-    text = f"permit (principal, action, resource) when {{ {condition} }};"
-
-    assert compiler.cedar({"a.cedar": text}).reads is None
-
-
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ("permit (principal, action, resource) when { && };", (1, 45)),
-        (f"{PERMIT}\npermit (princpal, action, resource);", (2, 9)),
-        (
-            f'{PERMIT}\n// permit (\npermit (principal, action == Action::"x y", resource)\nwhen {{\n  context.x. }};',
-            (5, 14),
-        ),
-        ('permit (principal, action, resource) when { nosuch("x") };', (1, 45)),
-        (f"{PERMIT}\npermit (principal,", (2, 19)),
-        (f'{PERMIT}\nforbid (principal, action, resource) when {{ "open }};', (2, 45)),
-        (f"{PERMIT}&", (1, 38)),
-        ("é", (1, 1)),
-    ],
-)
-def test_where_cedar_is_wrong(text: str, place: tuple[int, int]) -> None:
-    """Line and column of what the message is about, though Cedar's parser names neither."""
-    with pytest.raises(BadPolicy) as caught:
-        compiler.cedar({"good.cedar": PERMIT, "bad.cedar": text})
-
-    assert (caught.value.file, caught.value.line, caught.value.column) == ("bad.cedar", *place)
-
-
-TEXT = """
-permit (principal, action, resource) when { context.args has a && context.args.a == principal.role };
-permit (principal, action, resource) when { context.args has b.c && context.args.b.c };
-permit (principal, action, resource) when { context.args has d && !(context.args.d has e) && context.claims has f };
-forbid (principal, action, resource) when { context.args has g && [context.args.g].contains(context.args.h) };
-"""
-CEDAR_VALUES = st.recursive(
-    st.sampled_from([True, False, 1, "analyst"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ce"), inner),
-    max_leaves=3,
-)
-MEMBERS = st.dictionaries(st.sampled_from("abcdefgh"), CEDAR_VALUES)
-
-
-@given(MEMBERS, MEMBERS)
-def test_projection_does_not_change_a_verdict(arguments: dict[str, Any], claims: dict[str, Any]) -> None:
-    """What the policies do not read may be left out, errors included."""
-    policies = {"a.cedar": TEXT}
-    question = a_question("x", arguments, user=a_user(claims=claims))
-    projection = Projection(compiler.cedar(policies).reads)
-
-    whole, narrow = CedarEngine(policies), CedarEngine(policies, projection=projection)
-    assert whole.decide(question) == narrow.decide(question)
-
-
-def test_a_template_is_refused() -> None:
-    """Nobody links it, so it would decide nothing."""
-    with pytest.raises(BadPolicy, match=r"a\.cedar: a template"):
-        compiler.cedar({"a.cedar": "permit (principal == ?principal, action, resource);"})
-
-
-SCHEMA = """
-entity Role; entity User in [Role]; entity Tool { name: String };
-action "tools/call" appliesTo { principal: User, resource: Tool, context: { args: { destructive?: Bool } } };
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (
-            "forbid (principal, action, resource) when { context.args.destructive };",
-            "optional attribute `args.destructive`",
-        ),
-        ('permit (principal in Rolle::"x", action, resource);', "unrecognized entity type `Rolle`"),
-    ],
-)
-def test_policies_are_validated_against_a_schema(text: str, reason: str) -> None:
-    """A forbid that could fail, or a type that does not exist, is refused where it is written."""
-    with pytest.raises(BadPolicy, match=reason):
-        compiler.cedar({"a.cedar": text}, SCHEMA)
-
-
-def test_valid_policies_pass_the_schema() -> None:
-    """Asking first is enough."""
-    text = "forbid (principal, action, resource) when { context.args has destructive && context.args.destructive };"
-
-    assert compiler.cedar({"a.cedar": text}, SCHEMA).reads
-
-
-def test_a_bad_schema_is_refused() -> None:
-    """And named as the culprit."""
-    with pytest.raises(BadPolicy, match=r"schema\.cedarschema: "):
-        compiler.cedar({"a.cedar": PERMIT}, "entity {")

@@ -1,9 +1,5 @@
 """webhook/shell/cedar.py: Cedar is checked in a child, whatever happens to it."""
 
-import io
-import json
-import sys
-
 import pytest
 
 from webhook.core.compile import CEDAR_ENTITIES, Policies
@@ -42,22 +38,3 @@ async def test_a_check_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(BadPolicy, match="took longer than 0 s"):
         await check(PERMIT + ";")
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (PERMIT + ";", {"reads": sorted(CEDAR_ENTITIES), "findings": []}),
-        (PERMIT + " when { context == {} };", {"reads": None, "findings": []}),
-        (PERMIT, {"file": "a.cedar", "message": "unexpected end of input", "line": 1, "column": 37}),
-    ],
-)
-def test_the_child_answers_in_json(
-    text: str, answer: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The question on standard input, the answer on standard output."""
-    asked = {"policies": {"a.cedar": text}, "schema": None, "vocabulary": "sidegate", "check": False}
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
-    cedar.main()
-
-    assert json.loads(capsys.readouterr().out) == answer
