@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final, Protocol
 
-from sidecar.core import limits, metadata
+from sidecar.core import limits, metadata, resumption
 from sidecar.core.agreement import ParamHeaders
 from sidecar.core.agreement import check as check_agreement
 from sidecar.core.authorise import Agent, Engine, Permit, Question, Shadow, authorise, differing
@@ -27,6 +27,7 @@ from sidecar.core.ownership import Owned, tasks
 from sidecar.core.pending import Pending
 from sidecar.core.profile import Profile
 from sidecar.core.replies import Response
+from sidecar.core.resumption import Told
 from sidecar.core.revision import CLIENT, UNSAID, Revision, of_header
 from sidecar.core.scopes import require_scopes
 from sidecar.core.screening import screen
@@ -68,6 +69,7 @@ class Memory:
     sessions: Sessions = field(default_factory=Sessions)
     ledger: Ledger = field(default_factory=Ledger)
     tasks: Owned = field(default_factory=tasks)
+    told: Told = field(default_factory=Told)  # events of streams
     asked: Pending = field(default_factory=Pending)  # requests of the server that were passed on to a client
     calls: Pending = field(default_factory=Pending)  # requests of clients without a session that are under way
     param_headers: ParamHeaders = field(default_factory=ParamHeaders)  # as the tools' schemas annotate them
@@ -110,6 +112,8 @@ def judge(
     check_endpoint(connection, snapshot)
     exchange.removed = refuse_forgeries(connection)
     principal = exchange.principal = authenticate(connection, snapshot.trust, now_s)
+    if resumption.HEADER in connection.values:
+        connection = _resumable(exchange, memory)
     if snapshot.is_sse and connection.method == "POST":
         # The server told the reader of a stream to post there, and nobody else.
         memory.sessions.require(connection.target, principal)
@@ -346,6 +350,17 @@ def refuse_forgeries(connection: Connection) -> tuple[str, ...]:
     return forged
 
 
+def _resumable(exchange: Exchange, memory: Memory) -> Connection:
+    """Return the exchange's connection without the event that it resumes after, where its principal was never told that."""
+    connection, principal = exchange.connection, exchange.principal
+    assert principal is not None  # noqa: S101 - for the type checker: the stage before set it
+    if not memory.told.has(principal.key, connection.values[resumption.HEADER]):
+        headers = [pair for pair in connection.headers if pair[0] != resumption.HEADER]
+        connection = exchange.connection = replace(connection, headers=headers)
+        exchange.removed += (resumption.HEADER.decode("ascii"),)
+    return connection
+
+
 def read(connection: Connection, snapshot: Snapshot) -> Message | tuple[Message | Refusal, ...]:
     """Return the message that *connection* carries, or the messages of its batch; raises Refusal."""
     version = connection.header(VERSION)
@@ -422,18 +437,21 @@ def _label(value: object) -> str | None:
     return value[:MAX_LABEL_CHARS] if isinstance(value, str) and value else None
 
 
-def remember(exchange: Exchange, status: int, session_id: str | None, memory: Memory) -> None:
-    """Keep what the server's answer (*status*, its session id) says of sessions."""
+def remember(exchange: Exchange, status: int, session_id: str | None, memory: Memory) -> bool:
+    """Keep what the server's answer (*status*, its session id) says of sessions; say whether one was another's before."""
     message, principal = exchange.message, exchange.principal
     if message is None or principal is None:
-        return
+        return False
     session_id = session_id or exchange.session_id
     if message.method == "initialize" and session_id is not None and status < 300:
         agent = exchange.agent  # without a session of its own, the MCP session stands in for it
-        memory.sessions.open(session_id, principal, agent if agent.session else replace(agent, session=session_id))
         exchange.session_id = session_id
+        if memory.sessions.open(session_id, principal, agent if agent.session else replace(agent, session=session_id)):
+            memory.asked.forget(scope(exchange))
+            return True
     elif exchange.session_id is not None and (status == 404 or (message.shape is Shape.CLOSE_SESSION and status < 300)):
         memory.sessions.close(exchange.session_id)
+    return False
 
 
 def release(exchange: Exchange, memory: Memory) -> None:

@@ -35,6 +35,7 @@ class Answer:
 
     Attributes:
         seen: the messages that have come since the last `take`.
+        event_ids: of the events of a stream that have passed; whoever remembers them empties it.
         endpoint: where the client of a 2024-11-05 stream was told to post, once it was.
     """
 
@@ -46,6 +47,7 @@ class Answer:
         self._held = bytearray()
         self._splitter = Splitter()
         self.seen: list[Seen] = []
+        self.event_ids: list[bytes] = []
         self._is_error = False
         self._is_whole_answer = False  # not an acknowledgement, whose answer comes on another stream
         self._passed_bytes = 0  # of a message too large to be held
@@ -150,7 +152,9 @@ class Answer:
             events = self._splitter.feed(piece)
         except BadStream as error:
             raise _unreadable(error) from error
-        return b"".join([self._event(event) for event in events])
+        passed = [self._event(event) for event in events]
+        self.event_ids += [event.id for event, told in zip(events, passed, strict=True) if event.id and told]
+        return b"".join(passed)
 
     def _event(self, event: Event) -> bytes:
         if self._reader.screen is not None:

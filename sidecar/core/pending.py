@@ -32,6 +32,10 @@ class Pending:
         """Say whether a request waits."""
         return (scope, request_id) in self.waiting
 
+    def forget(self, scope: str) -> None:
+        """Forget all requests of *scope*: it is another's now."""
+        self.waiting = {key: count for key, count in self.waiting.items() if key[0] != scope}
+
     def remove(self, scope: str, request_id: RequestId) -> None:
         """Forget one request, answered or given up."""
         key = (scope, request_id)

@@ -30,11 +30,17 @@ class Sessions:
 
     opened: dict[str, Session] = field(default_factory=dict)
 
-    def open(self, session_id: str, principal: Principal, agent: Agent) -> None:
-        """Remember that the server gave *session_id* to *principal*."""
+    def open(self, session_id: str, principal: Principal, agent: Agent) -> bool:
+        """Remember that the server gave *session_id* to *principal*; say whether it was another's until now.
+
+        It is the server's to give. One that counts its sessions gives the same ids again once it was restarted, and who
+        had one before must not enter the other's.
+        """
+        before = self.opened.pop(session_id, None)
         while len(self.opened) >= MAX_SESSIONS:
             del self.opened[next(iter(self.opened))]
         self.opened[session_id] = Session(owner=principal.key, agent=agent)
+        return before is not None and before.owner != principal.key
 
     def require(self, session_id: str, principal: Principal) -> Session:
         """Return the session; raises Refusal(NOT_FOUND) when it is not open or not the principal's.

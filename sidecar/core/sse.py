@@ -26,6 +26,7 @@ class Event:
     raw: bytes
     data: bytes | None
     endpoint: bytes | None = None  # where to post, when it is 2024-11-05's announcement
+    id: bytes = b""  # by which a client asks for what came after it; empty: the one before holds
 
     def replaced(self, data: bytes) -> bytes:
         """Return the event's bytes with *data* in place of its own; ids, retry and comments stay."""
@@ -89,7 +90,7 @@ def _event(raw: bytes) -> Event:
     if b"\r" in unified:
         raise BadStream("a carriage return that ends no line")
     data: list[bytes] = []
-    kind = b"message"
+    kind, event_id = b"message", b""
     for line in unified.split(b"\n"):
         name, _, value = line.partition(b":")
         if name.startswith(b"\xef"):  # in any line: what stands before it may be filtered away
@@ -99,13 +100,15 @@ def _event(raw: bytes) -> Event:
             data.append(value)
         elif name == b"event":
             kind = value
+        elif name == b"id":
+            event_id = value.strip()
     text = b"\n".join(data)
     kind = kind.strip()  # as Go's client does
     if kind == b"endpoint":
-        return Event(raw=raw, data=None, endpoint=text)
+        return Event(raw=raw, data=None, endpoint=text, id=event_id)
     # An event without data primes a client for resumption (MCP 2025-11-25).
     is_message = kind in (b"message", b"") and bool(text.strip())
-    return Event(raw=raw, data=text if is_message else None)
+    return Event(raw=raw, data=text if is_message else None, id=event_id)
 
 
 def message(data: bytes) -> bytes:

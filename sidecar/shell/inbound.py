@@ -539,6 +539,9 @@ class Turn:
             came = self._answer
             if came is not None and (came.seen or came.endpoint is not None):
                 self._note(came)
+            if came is not None and came.event_ids:
+                self._serving.told(self._exchange, came.event_ids)
+                came.event_ids.clear()
         except Refusal as refusal:
             self._give_up(refusal)
         except Exception:

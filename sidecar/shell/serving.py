@@ -38,6 +38,7 @@ from sidecar.pipeline import (
     settle,
     undo,
 )
+from sidecar.record import fingerprint
 from sidecar.return_path import judge_ask, note, open_endpoint
 from sidecar.shell import tracing
 from sidecar.shell.streams import Stream
@@ -102,6 +103,14 @@ class LimitsStore(Protocol):
     def end(self, charges: Sequence[Charge]) -> None:
         """Know that the messages of *charges* are no longer under way."""
         ...
+
+
+def _has_lost(stream: Exchange, exchange: Exchange) -> bool:
+    """Say whether *stream* is in the session that *exchange* has just opened, and another principal's."""
+    owner, opener = stream.principal, exchange.principal
+    if owner is None or opener is None or stream.session_id != exchange.session_id:
+        return False
+    return owner.key != opener.key
 
 
 def _fault() -> Refusal:
@@ -360,8 +369,20 @@ class Serving:
         return () if self.snapshot is None else self.snapshot.engines
 
     def remember(self, exchange: Exchange, status: int, session_id: str | None) -> None:
-        """Keep what the server's answer says of sessions."""
-        remember(exchange, status, session_id, self.memory)
+        """Keep what the server's answer says of sessions; a stream in one that is another's now must not hear of it."""
+        if remember(exchange, status, session_id, self.memory):
+            log.warning(
+                "the server gave a session to two principals", extra={"session": fingerprint(exchange.session_id or "")}
+            )
+            for connection in tuple(self.connections):
+                if any(_has_lost(each, exchange) for each in connection.streams):
+                    connection.end_streams("its session is another's")
+
+    def told(self, exchange: Exchange, event_ids: Sequence[bytes]) -> None:
+        """Keep that these events are told to whom *exchange* comes from."""
+        assert exchange.principal is not None  # noqa: S101 - nothing comes back without
+        for each in event_ids:
+            self.memory.told.add(exchange.principal.key, each)
 
     def answer(self, exchange: Exchange) -> Answer:
         """Return what judges the way back of *exchange*, which was sent."""

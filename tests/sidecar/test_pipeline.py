@@ -225,6 +225,35 @@ def test_a_session_belongs_to_the_principal_that_opened_it() -> None:
         assert refused(with_session(b"", method=method), memory=memory).reason is Reason.NOT_FOUND
 
 
+def test_who_had_a_session_before_cannot_answer_in_it() -> None:
+    """Nor can the new owner answer what the server asked the one before."""
+    memory = Memory()
+    opened(memory)
+    memory.asked.add("session s1", 7)
+    exchange, _ = judged(a_connection(INITIALIZE, peer=a_peer()), memory=memory)
+
+    assert remember(exchange, 200, "s1", memory)
+    assert refused(with_session(ANSWER), memory=memory).reason is Reason.NOT_FOUND
+    assert refused(with_session(ANSWER, peer=a_peer()), memory=memory).reason is Reason.UNSOLICITED
+
+
+def test_only_who_was_told_an_event_resumes_after_it() -> None:
+    """A server that keeps all events in one place would replay another caller's."""
+    memory = Memory()
+    opened(memory)
+    told = judged(a_connection(a_call(), peer=a_peer()), memory=memory)[0].principal
+    assert told is not None
+    memory.told.add(told.key, b"5")
+    headers = [(b"last-event-id", b"5"), (b"accept", b"text/event-stream")]
+    found = []
+    for peer in (a_peer(), None):
+        exchange, end = judged(a_connection(method="GET", headers=headers, peer=peer), memory=memory)
+        assert isinstance(end, Admission)
+        found.append((b"last-event-id" in exchange.connection.values, exchange.removed))
+
+    assert found == [(True, ()), (False, ("last-event-id",))]
+
+
 def test_a_refused_session_is_on_record() -> None:
     """Who tries others' ids is seen."""
     exchange, _ = judged(with_session(a_call(), "stolen"))

@@ -222,7 +222,7 @@ async def test_an_ask_on_a_get_stream_is_judged_too() -> None:
 
 
 async def test_a_resumed_stream_is_filtered() -> None:
-    """What it replays answers a request that this connection never made."""
+    """What it replays answers a request that this connection never made; and only what this caller was told begins it."""
     tools = '{"jsonrpc":"2.0","id":3,"result":{"tools":[{"name":"a"},{"name":"b"}]}}'
     server = Scripted(news=[chunk("", event_id="e1"), chunk(tools, event_id="e2"), b"0\r\n\r\n"])
 
@@ -231,18 +231,21 @@ async def test_a_resumed_stream_is_filtered() -> None:
             return Verdict(allowed=getattr(question.message.target, "name", None) == "a")
 
     async with a_session(server, OnlyA()) as (path, client, fake):
-        await client.say(
-            f"GET /mcp HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n{SESSION}\r\nLast-Event-ID: e0\r\n\r\n".encode()
-        )
-        answer = await client.hear()
+        for event_id in ("e0", "e1"):
+            await client.say(
+                f"GET /mcp HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n{SESSION}\r\nLast-Event-ID: {event_id}\r\n\r\n".encode()
+            )
+            answer = await client.hear()
+        removed = [each.removed for each in path.exchanges]
         hidden = [each.hidden for each in path.exchanges]
 
     assert answer is not None
     assert (
         answer.body == b'id: e1\ndata: \n\nid: e2\ndata: {"jsonrpc":"2.0","id":3,"result":{"tools":[{"name":"a"}]}}\n\n'
     )
-    assert fake.heard[1].values(b"last-event-id") == [b"e0"]
-    assert hidden == [0, 1]
+    assert [each.values(b"last-event-id") for each in fake.heard[1:]] == [[], [b"e1"]]
+    assert removed == [(), ("last-event-id",), ()]
+    assert hidden == [0, 1, 1]
 
 
 URL = "https://bank.test/pay"

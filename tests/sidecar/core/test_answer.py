@@ -152,6 +152,15 @@ def test_an_event_that_may_not_pass_is_left_out() -> None:
     assert [bool(each.reply) for each in answer.take()] == [True, False]
 
 
+def test_ids_of_events_that_passed_are_told() -> None:
+    """A client can name them to resume; one that was left out it does not know."""
+    answer = begun(EVENTS, refused="roots/list")
+    answer.feed(b"id: 1\ndata:\n\nid:2 \n\n: x\n\nid: 3\nevent: endpoint\ndata: /x\n\n")
+    answer.feed(b'id: 4\ndata: {"id":1,"method":"roots/list"}\n\n')
+
+    assert answer.event_ids == [b"1", b"2", b"3"]
+
+
 def test_a_batch_in_an_event_is_judged() -> None:
     """2025-03-26 has them."""
     answer = begun(EVENTS)

@@ -25,6 +25,16 @@ def test_scopes_and_types_of_ids_are_told_apart() -> None:
     assert not waiting.has("t", 1)
 
 
+def test_a_scope_can_be_forgotten() -> None:
+    """When it becomes another's."""
+    waiting = Pending()
+    for scope in ("s", "s", "t"):
+        waiting.add(scope, 1)
+    waiting.forget("s")
+
+    assert waiting.waiting == {("t", 1): 1}
+
+
 def test_the_same_id_may_wait_twice() -> None:
     """Two clients of one principal both count from 0; the end of one call is not the end of the other."""
     waiting = Pending()

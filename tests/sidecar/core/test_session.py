@@ -49,6 +49,17 @@ def test_the_same_user_on_another_workload_is_another_principal() -> None:
         sessions.require("s", a_principal("alice", workload=None))
 
 
+def test_the_server_may_give_an_id_to_another() -> None:
+    """It was restarted and counts from 1: who had the id before must not enter what is another's now."""
+    sessions = Sessions()
+    taken = [sessions.open("1", a_principal(user), AGENT) for user in ("alice", "alice", "bob")]
+
+    assert taken == [False, False, True]
+    assert sessions.require("1", a_principal("bob"))
+    with pytest.raises(Refusal, match="not open"):
+        sessions.require("1", a_principal("alice"))
+
+
 def test_a_closed_session_is_gone() -> None:
     """Closing twice is no error."""
     sessions = Sessions()

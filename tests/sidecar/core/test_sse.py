@@ -93,7 +93,19 @@ def test_each_event_is_given_as_soon_as_it_is_whole() -> None:
 )
 def test_only_messages_have_data(raw: bytes, data: bytes | None) -> None:
     """What some client would read as a message is one; comments, primers and other events are not."""
-    assert split(raw) == [Event(raw=raw, data=data)]
+    (event,) = split(raw)
+
+    assert (event.raw, event.data) == (raw, data)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"id: 1\ndata:\n\n", b"id:1\n\n", b"data: x\r\nid: 0\r\nid: 1 \r\n\r\n", b"event: y\nid: 1\n\n"]
+)
+def test_any_event_may_have_an_id(raw: bytes) -> None:
+    """A client remembers the last one."""
+    (event,) = split(raw)
+
+    assert event.id == b"1"
 
 
 @pytest.mark.parametrize("kind", [b"endpoint", b" endpoint "])

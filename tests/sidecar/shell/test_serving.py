@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from sidecar.pipeline import Snapshot, scope
 from sidecar.shell.audit import Audit
 from sidecar.shell.serving import DEFAULT_MAX_BODY_BYTES, NOT_READY_RETRY_S, Serving
 from sidecar.shell.trail import File
-from tests.builders import a_call, a_connection, a_snapshot
+from tests.builders import (
+    STREAM,
+    a_call,
+    a_connection,
+    a_principal,
+    a_question,
+    a_request,
+    a_snapshot,
+    an_exchange,
+)
 from tests.fakes import FakeObserver, allowing
 
 PROVIDER = Provider(name="p", issuer="https://id.test", audiences=("a",))
@@ -492,3 +502,33 @@ def test_a_defect_in_a_batch_refuses_all_of_it(monkeypatch: pytest.MonkeyPatch) 
 
     assert (len(admitted), account.under_way, account.bucket.tokens, bench.serving.in_flight) == (2, 0, 3, 0)
     assert [each.refusal.reason for each in requester.exchanges if each.refusal] == [Reason.FAULT] * 3
+
+
+# sessions that the server gives twice
+
+
+@dataclass(eq=False)
+class FakeConnection:
+    """A connection with a stream."""
+
+    streams: Sequence[Exchange]
+    ended: str = ""
+
+    def end_streams(self, why: str) -> None:
+        """Keep *why*."""
+        self.ended = why
+
+
+def test_a_stream_of_who_had_a_session_before_ends() -> None:
+    """What the server says there is another's now."""
+    bench = Bench(a_snapshot(allowing()))
+    connections = {}
+    for user, session_id in (("alice", "1"), ("alice", "2"), ("bob", "1")):
+        stream = replace(an_exchange(message=STREAM), principal=a_principal(user), session_id=session_id)
+        connections[user, session_id] = FakeConnection([stream])
+        bench.serving.connections.add(connections[user, session_id])
+    for user in ("alice", "bob"):
+        opening = a_question(a_request("initialize")).message
+        bench.serving.remember(replace(an_exchange(message=opening), principal=a_principal(user)), 200, "1")
+
+    assert {key for key, each in connections.items() if each.ended} == {("alice", "1")}
