@@ -204,7 +204,7 @@ class Exporter:
                 ) as response,
             ):
                 said = await response.content.read(MAX_ANSWER_BYTES)
-                return response.status, _wait_s(response.headers.get("retry-after")), _rejected(said)
+                return response.status, asked_wait_s(response.headers.get("retry-after")), _rejected(said)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:  # ValueError: no URL
             log.debug("telemetry not posted", extra={"endpoint": self._url, "error": str(error)})
             return None, 0.0, 0
@@ -249,7 +249,8 @@ def _tls(otlp: Otlp) -> ssl.SSLContext | bool:
     return context
 
 
-def _wait_s(retry_after: str | None) -> float:
+def asked_wait_s(retry_after: str | None) -> float:
+    """Return the seconds that a receiver asks for in its Retry-After, at most a minute; 0 when it says none."""
     return min(60.0, float(retry_after)) if retry_after and retry_after.isascii() and retry_after.isdecimal() else 0.0
 
 

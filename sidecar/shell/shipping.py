@@ -27,6 +27,7 @@ from sidecar.core import batch, conventions
 from sidecar.core.batch import Batch
 from sidecar.errors import ConfigError
 from sidecar.shell.metrics import Gauges
+from sidecar.shell.otlp import asked_wait_s
 from sidecar.shell.trail import STDOUT, File, Position
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,14 @@ BACKOFF_S: Final = (0.5, 30.0)  # first and longest pause, before jitter
 NEVER: Final = frozenset({400, 413, 422})  # refused for what it is, whoever asks and whenever
 FAILURES: Final = (aiohttp.ClientError, CertsError, OSError, TimeoutError, ValueError)  # ValueError: no URL, no token
 LEVEL: Final = 1  # of gzip: a third more bytes for a quarter of the time
+
+
+class NotTakenError(aiohttp.ClientError):
+    """The receiver answered that it does not take the lines now; they are sent again after *wait_s* at the soonest."""
+
+    def __init__(self, status: int, wait_s: float) -> None:
+        super().__init__(f"HTTP {status}")
+        self.wait_s = wait_s
 
 
 class Shipping:
@@ -101,7 +110,7 @@ class Shipping:
                 else:
                     self.failures += 1
                     failures += 1
-                    pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+                    pause_s = _pause_s(failures, failed)
                     if failures == 1:
                         log.warning("audit records are not taken", extra={"url": self._url, "error": _said(failed)})
                 await asyncio.sleep(pause_s)
@@ -160,7 +169,7 @@ class Shipping:
                 self.rejected += refused
                 self.shipped -= refused
             elif response.status not in NEVER:
-                raise aiohttp.ClientError(f"HTTP {response.status}")
+                raise NotTakenError(response.status, asked_wait_s(response.headers.get("retry-after")))
             return response.status
 
     def _body(self, taken: Batch) -> bytes:
@@ -200,6 +209,12 @@ def opened(settings: Settings) -> File | None:
         age_s=settings.audit_file_age_s,
         is_shipped=is_shipped,
     )
+
+
+def _pause_s(failures: int, last: Exception) -> float:
+    """Return the seconds before the next attempt after so many *failures*: longer each time, and as the receiver asks."""
+    own_s = float(min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(failures - 1, 10))) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+    return max(own_s, last.wait_s) if isinstance(last, NotTakenError) else own_s
 
 
 def _said(error: Exception) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -20,7 +21,7 @@ from sidecar.core.profile import Audit as AuditProfile
 from sidecar.errors import ConfigError, Reason, Refusal
 from sidecar.shell import shipping, trail
 from sidecar.shell.audit import Audit
-from sidecar.shell.shipping import Shipping, opened
+from sidecar.shell.shipping import NotTakenError, Shipping, opened
 from sidecar.shell.trail import File
 from tests.fakes import eventually
 from tests.sidecar.exchanges import a_profile, an_exchange
@@ -41,6 +42,7 @@ class Receiver:
     """Takes lines, or answers with what is in *statuses* first."""
 
     statuses: list[int] = field(default_factory=list)
+    retry_after: str = "0"
     takes: int = 10**9  # lines at a time; more are answered with 413
     hangs: bool = False
     port: int = 0
@@ -57,7 +59,7 @@ class Receiver:
         if self.hangs:
             await asyncio.sleep(60)
         if self.statuses:
-            return web.Response(status=self.statuses.pop(0))
+            return web.Response(status=self.statuses.pop(0), headers={"Retry-After": self.retry_after})
         lines = body.splitlines(keepends=True)
         if len(lines) > self.takes:
             return web.Response(status=413)
@@ -217,6 +219,19 @@ async def test_what_may_be_healed_is_tried_again(tmp_path: Path, status: int) ->
             await eventually(lambda: len(receiver.lines) == 3, what="all lines")
 
     assert (receiver.numbers, made.failures) == ([1, 2, 3], 2)
+
+
+@pytest.mark.parametrize(("asked", "pause_s"), [("7", 7.0), ("0", 0.005), ("3600", 60.0), ("soon", 0.005)])
+async def test_a_receiver_says_when_to_come_again(tmp_path: Path, asked: str, pause_s: float) -> None:
+    """OTLP: Retry-After is honoured, up to a minute; our own pauses grow all the same."""
+    async with serving(Receiver(statuses=[429], retry_after=asked)) as receiver, aiohttp.ClientSession() as session:
+        chosen = settings(tmp_path / "audit.jsonl", receiver.port)
+        file = file_of(chosen)
+        observe(Audit(file), 1)
+        with pytest.raises(NotTakenError, match="HTTP 429") as caught:
+            await Shipping(chosen, file, None)._ship(session)
+
+    assert pause_s <= shipping._pause_s(1, caught.value) <= max(pause_s, 0.01)
 
 
 async def test_too_large_a_batch_is_divided(tmp_path: Path) -> None:
