@@ -113,6 +113,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.observing
 	$(BIN)/python -m bench.audit
 	$(BIN)/python -m bench.admission
+	$(BIN)/python -m bench.polling --sidecars 2000 --workloads 20 --changes 3
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
