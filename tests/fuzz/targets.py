@@ -31,7 +31,7 @@ from sidecar.core.content import Content
 from sidecar.core.dpop import Proofs, check_proof
 from sidecar.core.endpoint import target_of
 from sidecar.core.filters import Reader
-from sidecar.core.hosts import Barred, host_of
+from sidecar.core.hosts import Barred, Why, host_of
 from sidecar.core.identity import authenticate, trust
 from sidecar.core.jwk import thumbprint
 from sidecar.core.limits import Admission
@@ -813,7 +813,7 @@ def run_opening(data: bytes) -> str:
             readings.append(host or "more")
             assert host is None or host_of(host) == host
     assert readings[0] == readings[1], f"read as {readings[0]} whole, as {readings[1]} byte by byte"
-    return str(readings[0])
+    return str(readings[0]) if isinstance(readings[0], Why) or readings[0] == "more" else "named"
 
 
 def _hello() -> bytes:

@@ -40,7 +40,7 @@ def test_what_was_found_stays_mended(path: Path) -> None:
         ("message", "tools/call"), ("identity", "taken 0"), ("svid", "taken"), ("keys", "1 0"), ("dpop", "taken"),
         ("oauth", "taken"), ("endpoint", "taken"), ("bundle", "taken"), ("profile", "taken"), ("engines", "rego True "),
         ("http", "1 [] b''"), ("agreement", "tools/call"),
-        ("opening", "api.example.com"),
+        ("opening", "named"),
     ],
 )  # fmt: skip
 def test_a_good_input_is_taken(name: str, outcome: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import orjson
 import pytest
 from msgspec import UNSET, UnsetType
 
@@ -14,7 +15,7 @@ from sidecar.core.hosts import Why
 from sidecar.core.profile import EgressRules, NamedHosts, Network, Profile
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
-from sidecar.record import record
+from sidecar.record import line
 from sidecar.shell import egress_gate
 from sidecar.shell.egress_gate import EgressGate, Outside
 from sidecar.shell.egress_listener import Address
@@ -154,7 +155,7 @@ async def test_a_named_host_is_reached_byte_for_byte(first: bytes) -> None:
     async with a_gate() as out:
         assert await out.answered(first) == first.upper()
     (seen,) = out.exchanges
-    kept = record(seen)
+    kept = orjson.loads(line(seen))
 
     assert out.heard == [first]
     assert out.outside.asked == ["api.example.com."]  # with its dot: no search domain has a say
@@ -191,7 +192,7 @@ async def test_what_the_profile_does_not_name_is_refused(data: bytes, why: Why) 
     """Nothing of it goes out; the reason is on record and counted."""
     async with a_gate() as out:
         said = await out.answered(data)
-    kept = record(out.exchanges[0])
+    kept = orjson.loads(line(out.exchanges[0]))
 
     assert out.heard == []
     assert kept["decision"]["reason"] == Reason.EGRESS
@@ -210,7 +211,10 @@ async def test_a_host_that_does_not_answer_is_a_refusal_that_says_so() -> None:
         out.outside.ports = {}
         await out.answered(a_hello("moved.example.org"))
 
-    assert "unreachable: moved.example.org: Connection refused" in record(out.exchanges[0])["decision"]["detail"]
+    assert (
+        "unreachable: moved.example.org: Connection refused"
+        in orjson.loads(line(out.exchanges[0]))["decision"]["detail"]
+    )
 
 
 async def test_a_later_request_for_another_host_ends_the_connection() -> None:
@@ -274,7 +278,7 @@ async def test_silence_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (await client.rest()).startswith(b"HTTP/1.1 403")
         await client.close()
 
-    assert "unnamed: no host named within 0.05 s, 9 bytes" in record(out.exchanges[0])["decision"]["detail"]
+    assert "unnamed: no host named within 0.05 s, 9 bytes" in orjson.loads(line(out.exchanges[0]))["decision"]["detail"]
 
 
 async def test_a_reader_that_is_slow_holds_the_other_side_back() -> None:
