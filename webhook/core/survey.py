@@ -5,6 +5,7 @@ in the pod speaks against its being our work (evidence.py), whatever its labels 
 server holds, and adds what sidecars say of themselves.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -167,11 +168,9 @@ def _sidecar_state(raw: JSON) -> tuple[bool, str]:
 
 
 def _status(metadata: JSON) -> dict[str, Any]:
-    try:
-        decoded = msgspec.json.decode((metadata.get("annotations") or {}).get(annotations.STATUS) or "{}")
-    except msgspec.DecodeError:
-        return {}
-    return decoded if isinstance(decoded, dict) else {}
+    """Return what the injector wrote into the pod, which `doubt` could read."""
+    said: dict[str, Any] = json.loads((metadata.get("annotations") or {}).get(annotations.STATUS, "{}"))
+    return said
 
 
 def counts(namespace: str, labels: Mapping[str, str], surveyed: Iterable[Surveyed]) -> Counts:
