@@ -10,6 +10,7 @@ import asyncio
 import functools
 import hashlib
 import re
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -61,9 +62,10 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole HTTP response with *data* in it."""
+    """A whole HTTP response with *data* in it, of the second *at_s* (Unix time)."""
 
     etag: str
+    at_s: int
     data: bytes = field(repr=False)
     wire: bytes = field(repr=False)
 
@@ -85,12 +87,14 @@ class Seal:
 class Waiting:
     """A caller that waits for another bundle than it has. Mutated by Bundles alone.
 
-    *transport*: where the response may be written at once, None where the HTTP server has to do it. *is_sent*: it was.
+    *known*: the ETag that it has. *transport*: where the response may be written at once, None where the HTTP server has
+    to do it. *is_sent*: it was.
     """
 
-    __slots__ = ("_transport", "done", "is_sent")
+    __slots__ = ("_transport", "done", "is_sent", "known")
 
-    def __init__(self, transport: asyncio.Transport | None) -> None:
+    def __init__(self, known: str, transport: asyncio.Transport | None) -> None:
+        self.known = known
         self._transport = transport
         self.done: asyncio.Future[None] | None = None
         self.is_sent = False
@@ -239,7 +243,7 @@ class Bundles:
         waiting = entry.taken()
         response = self._response(entry, published) if waiting else None
         for each in waiting:
-            if response is None or not each.send(response.wire):
+            if response is None or response.etag == each.known or not each.send(response.wire):
                 each.wake()
                 continue
             self._resting.append(each)
@@ -257,13 +261,13 @@ class Bundles:
         """Return *published* as the HTTP server would send it; None when it has to be signed first, or by a thread."""
         if self.is_stopping or published.stamp < self._stamp(entry) or len(published.data) > SMALL_BYTES:
             return None
-        etag, held = self.etag(published), published.response
-        if held is None or held.etag != etag or held.data is not published.data:
+        etag, held, now_s = self.etag(published), published.response, int(time.time())
+        if held is None or (held.etag, held.at_s) != (etag, now_s) or held.data is not published.data:
             fields = {"ETag": f'"{etag}"', WITHIN_HEADER: self.within(), "Content-Type": MEDIA_TYPE}
-            fields |= {"Content-Length": str(len(published.data)), "Date": formatdate(usegmt=True)}
+            fields |= {"Content-Length": str(len(published.data)), "Date": formatdate(now_s, usegmt=True)}
             head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
             wire = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + published.data
-            held = published.response = Response(etag, published.data, wire)
+            held = published.response = Response(etag, now_s, published.data, wire)
         return held
 
     def within(self) -> str:
@@ -333,7 +337,7 @@ class BundleEndpoint:
             request.headers.get(ERROR_HEADER, ""),
             self._now().timestamp(),
         )
-        waiting = _waiting(request)
+        waiting = _waiting(request, known)
         try:
             async with asyncio.timeout(wait_s):
                 while True:
@@ -400,10 +404,10 @@ class Sent(web.StreamResponse):
         """Write no body."""
 
 
-def _waiting(request: web.Request) -> Waiting:
+def _waiting(request: web.Request, known: str) -> Waiting:
     """Return the caller of *request*, for whom the response is simply the next bytes on the connection, if it is plain."""
     is_plain = request.method == "GET" and request.keep_alive and request.version == HttpVersion11
-    return Waiting(request.transport if is_plain and not request.body_exists else None)
+    return Waiting(known, request.transport if is_plain and not request.body_exists else None)
 
 
 _CLOSE: Final = {"Connection": "close"}

@@ -286,6 +286,26 @@ async def test_unusual_requests_are_answered_by_the_http_server(plane: Plane, fi
     assert "Server: " in answer
 
 
+async def test_who_has_the_first_bundle_already_waits_on(plane: Plane) -> None:
+    """From the replica before: after a restart, ten thousand do not get what they have."""
+    other = ("payments", "ledger-1")
+    plane.bundles.track(other, "ledger")
+    entry = plane.bundles.find(other)
+    assert entry is not None
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        headers = {"If-None-Match": '"r1"', "Prefer": "wait=60"}
+        asked = tasks.create_task(plane.ask(pod="ledger-1", headers=headers))
+        while not entry.waiting:  # noqa: ASYNC110 - lists tell nobody
+            await asyncio.sleep(0.01)
+        plane.bundles.publish(other, FIRST)
+        assert not entry.waiting
+        while not entry.waiting:  # noqa: ASYNC110 - same
+            await asyncio.sleep(0.01)
+        plane.bundles.publish(other, SECOND)
+
+    assert asked.result()[2] == b"two"
+
+
 async def test_bundle_that_must_be_signed_first_is_not_handed_out_as_it_is(plane: Plane) -> None:
     """Who waits gets it in the order of things, with the newest stamp."""
     plane.bundles.keys = SigningKeys(current=make_key(), term=3)
