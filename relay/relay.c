@@ -118,7 +118,7 @@ static void serve(int connection, char **command) {
     in.from = connection, in.to = input[1];
     out.from = output[0], out.to = connection;
     long deadline_ms = 0;
-    int signals[] = {SIGTERM, SIGKILL}, step = -1, has_ended = 0;
+    int signals[] = {SIGTERM, SIGKILL}, step = -1, has_ended = 0, is_gone = 0;
     for (;;) {
         if (!has_ended && waitpid(child, NULL, WNOHANG) == child) {
             has_ended = 1;
@@ -138,12 +138,17 @@ static void serve(int connection, char **command) {
         }
         int is_full_in = in.start < in.end, is_full_out = out.start < out.end;
         struct pollfd polled[] = {
-            {is_full_in ? -1 : in.from, POLLIN, 0},
+            {is_full_in && is_gone ? -1 : in.from, is_full_in ? POLLRDHUP : POLLIN, 0},
             {is_full_in ? in.to : -1, POLLOUT, 0},
             {is_full_out ? -1 : out.from, POLLIN, 0},
             {is_full_out ? out.to : -1, POLLOUT, 0},
         };
         if (wait_for(polled, 4, deadline_ms) <= 0) continue;
+        if (is_full_in && polled[0].revents) { /* closed, but the server does not take what came before: it has as long as any */
+            is_gone = 1;
+            polled[0].revents = 0;
+            if (step < 0 && !has_ended) step = 0, deadline_ms = now_ms() + GRACE_MS;
+        }
         if (polled[0].revents || polled[1].revents) {
             int moved = move(&in, polled[0].revents != 0);
             if (moved == 0) in.from = -1;

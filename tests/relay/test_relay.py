@@ -89,6 +89,21 @@ async def test_a_stubborn_process_is_killed_with_its_group() -> None:
         await eventually(lambda: not any(is_alive(pid) for pid in pids), what="the end of the group")
 
 
+@pytest.mark.parametrize("is_reset", [False, True], ids=["closed", "reset"])
+async def test_a_process_that_reads_nothing_is_ended_all_the_same(*, is_reset: bool) -> None:
+    """Its connection is closed while input waits for it; it must not keep its place for ever."""
+    async with relayed("/bin/sh", "-c", "echo $$; exec sleep 600") as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"x" * 2**17)  # more than a pipe takes, less than the kernel's buffers and the relay's
+        pid = int(await reader.readline())
+        await eventually(lambda: not writer.transport.get_write_buffer_size(), what="the input to be sent")
+        if is_reset:
+            writer.transport.abort()
+        else:
+            writer.close()
+        await eventually(lambda: not Path(f"/proc/{pid}").exists(), what="its end")
+
+
 async def test_sigterm_ends_all_of_them() -> None:
     """The relay is the container's first process: with it goes everything, in time."""
     async with asyncio.timeout(30), relayed(*SHELL, "echo $$; cat") as port:
