@@ -31,7 +31,8 @@ RESTRICTED = {
 }
 
 
-WORLD = {"203.0.113.10": ("api.example.com", "other.example.com"), "203.0.113.66": ()}
+OWN, FOREIGN = "203.0.113.10", "203.0.113.66"
+NAMES = NAMED, OTHER = "api.world.svc.cluster.local", "other.world.svc.cluster.local"
 # Says to whoever speaks TLS at which address it was reached.
 ANSWER = """
 import socket, ssl
@@ -72,13 +73,12 @@ except OSError as error:
 
 @pytest.fixture(scope="module")
 def world(governed: Governed) -> str:
-    """Public addresses on the node, names for them in the cluster's DNS, and TLS behind them; gives its authority."""
+    """Public addresses on the node, two names for one of them in DNS, and TLS behind both; gives its authority."""
     cluster = governed.cluster
     now, day, key = dt.datetime.now(dt.UTC), dt.timedelta(days=1), make_key()
     serial = x509.random_serial_number()
     authority = Authority.make(name="world", key=make_key(), now=now, lifetime=day, serial=serial)
-    names = [name for names in WORLD.values() for name in names]
-    leaf = authority.sign_serving(names, key.public_key(), now=now, lifetime=day, serial=x509.random_serial_number())
+    leaf = authority.sign_serving(NAMES, key.public_key(), now=now, lifetime=day, serial=x509.random_serial_number())
     cluster.make_namespace("world")
     secret = {
         "apiVersion": "v1",
@@ -93,20 +93,23 @@ def world(governed: Governed) -> str:
     tls = container("world", workload_image(), "python3", "-uc", ANSWER, **mount)
     volumes = [{"name": "tls", "secret": {"secretName": "tls"}}]
     cluster.apply(secret, deployment("world", "world", tls, volumes=volumes, hostNetwork=True))
-    for address in WORLD:
+    for address in (OWN, FOREIGN):
         cluster.exec("ip", "address", "replace", f"{address}/32", "dev", "lo")
-    dns = ("--namespace", "kube-system")
-    configuration = cluster.get(*dns, "configmap", "coredns")
-    corefile = configuration["data"]["Corefile"]
-    if "hosts {" not in corefile:
-        table = "".join(f"        {address} {' '.join(names)}\n" for address, names in WORLD.items() if names)
-        configuration["data"]["Corefile"] = corefile.replace(
-            "cache 5", f"hosts {{\n{table}        fallthrough\n    }}\n    cache 5"
-        )
-        del configuration["metadata"]["resourceVersion"]
-        cluster.apply(configuration)
-        cluster.kubectl(*dns, "rollout", "restart", "deployment/coredns")
-        cluster.kubectl(*dns, "rollout", "status", "deployment/coredns", "--timeout=180s")
+    for each in NAMES:
+        # Without a cluster IP a Service is a name for addresses, and these are outside the cluster.
+        where = {"name": each.split(".")[0], "namespace": "world"}
+        labels = {"kubernetes.io/service-name": where["name"]}
+        ports = [{"port": 443}]
+        endpoints = {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": where | {"labels": labels},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": [OWN]}],
+            "ports": ports,
+        }
+        spec = {"clusterIP": "None", "ports": ports}
+        cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": where, "spec": spec}, endpoints)
     _up(cluster, "world", "world")
     return authority.certificate_pem.decode()
 
@@ -270,7 +273,7 @@ def test_a_server_reaches_hosts_by_name_and_nothing_else_of_the_world(governed: 
     cluster.make_namespace(namespace, **{"sidegate.dev/injection": "enabled"})
     caller = f"spiffe://{governed.spire.trust_domain}/ns/agents/sa/default"
     identity = {"callers": [caller], "providers": [{"name": "corp"}]}
-    spec = {"selector": {}, "identity": identity, "capture": "redirect", "egress": [{"hosts": ["api.example.com"]}]}
+    spec = {"selector": {}, "identity": identity, "capture": "redirect", "egress": [{"hosts": [NAMED]}]}
     cluster.apply(resource("MCPServerProfile", "traders", spec, namespace))
     cluster.wait_until("it is fenced in", lambda: _fenced(cluster, namespace, "sidegate", "sidegate-hosts.traders"))
     command, ports = ("python3", "/opt/app/three_tools.py", "8000"), [{"name": "mcp", "containerPort": 8000}]
@@ -285,11 +288,11 @@ def test_a_server_reaches_hosts_by_name_and_nothing_else_of_the_world(governed: 
     def call(address: str, name: str) -> str:
         return run(namespace, "traders", "server", CALL, address, name, world)
 
-    assert run("agents", "agent", "agent", CALL, "203.0.113.66", "other.example.com", world) == "203.0.113.66"
-    cluster.wait_until("the host is reached", lambda: call("api.example.com", "api.example.com") == "203.0.113.10")
-    assert call("203.0.113.66", "api.example.com") == "203.0.113.10"
-    assert "ACCESS_DENIED" in call("other.example.com", "other.example.com")
-    assert "ACCESS_DENIED" in call("203.0.113.10", "other.example.com")
+    assert run("agents", "agent", "agent", CALL, FOREIGN, OTHER, world) == FOREIGN
+    cluster.wait_until("the host is reached", lambda: call(NAMED, NAMED) == OWN)
+    assert call(FOREIGN, NAMED) == OWN
+    assert "ACCESS_DENIED" in call(OTHER, OTHER)
+    assert "ACCESS_DENIED" in call(OWN, OTHER)
     assert run(namespace, "traders", "server", SEND) == "PermissionError"
     pod = governed.pod("traders", namespace)["metadata"]
     assert pod["labels"]["sidegate.dev/egress"] == "hosts"
@@ -299,8 +302,8 @@ def test_a_server_reaches_hosts_by_name_and_nothing_else_of_the_world(governed: 
         for each in kept
         if each["direction"] == "outbound"
     ]
-    assert ("api.example.com", "203.0.113.10") in outbound
-    assert ("other.example.com", None) in outbound
+    assert (NAMED, OWN) in outbound
+    assert (OTHER, None) in outbound
     refused = [each["decision"] for each in kept if each["outcome"] == "refused" and each["direction"] == "outbound"]
     assert {each["reason"] for each in refused} == {"egress"}
-    assert all("not_allowed: other.example.com on port 443" in each["detail"] for each in refused)
+    assert all(f"not_allowed: {OTHER} on port 443" in each["detail"] for each in refused)
