@@ -111,7 +111,7 @@ FIELDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("http.method", "string", "`POST`, `GET` or `DELETE`, or whatever was refused."),
     ("http.path", "string", "Path without query."),
     ("http.status", "integer", "Status that the caller got; 0 when it had gone before."),
-    ("http.removed", "array", "Headers that the server did not see: claims of who the user is, and an event's id that the caller was never told."),
+    ("http.removed", "array", "Headers that never reached the server: claims of who the user is, another's event id."),
     ("message", "object?", "The MCP message; null when it could not be read, or was refused before it was read."),
     ("message.shape", "string", "`request`, `notification`, `response`, `open_stream` or `close_session`."),
     ("message.method", "string", "JSON-RPC method; `sampling/…`, `elicitation/…` and `roots/…` are the server's own."),

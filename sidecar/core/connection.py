@@ -51,7 +51,8 @@ CONSUMED: Final = frozenset(
         b"x-rewrite-url",
     }
 )
-# The server's own challenge names another URL and other providers than the ones that are judged here.
+# The server's own challenge may name another URL and other providers than the ones that are judged here: see
+# `relayed` in sidecar/core/metadata.py.
 _NOT_RETURNED: Final = HOP_BY_HOP | {
     b"www-authenticate",
     b"authentication-info",

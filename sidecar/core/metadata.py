@@ -1,15 +1,17 @@
 """Tells callers where to get a token: the protected-resource metadata and the challenges that point to it.
 
 Everything comes from the profile, nothing from the request: a Host that nobody checked must not name the server. The MCP
-server's own metadata and challenges name another URL, and never pass. RFC 9728; RFC 6750, 3; RFC 9449, 7.1; MCP authorization.
+server's own metadata and challenges may name another URL, and never pass; what it says of a token that it got itself is
+said again in a challenge of ours. RFC 9728; RFC 6750, 3; RFC 9449, 7.1; MCP authorization.
 """
 
+import re
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import orjson
 
-from sidecar.core.connection import Connection
+from sidecar.core.connection import Connection, Headers
 from sidecar.core.dpop import ALGORITHMS
 from sidecar.core.profile import Identity, Profile
 from sidecar.core.replies import Response
@@ -22,6 +24,11 @@ CORS: Final = (
     (b"access-control-allow-headers", b"authorization, content-type, mcp-protocol-version"),
     (b"access-control-max-age", b"86400"),
 )
+
+
+_SCHEME: Final = re.compile(r"(.*,)?\s*(bearer|dpop)\b", re.IGNORECASE | re.ASCII)
+_NAMED: Final = re.compile(r'[\s,](error|scope)="([\x20\x21\x23-\x5b\x5d-\x7e]*)"', re.IGNORECASE | re.ASCII)
+_ERRORS: Final = frozenset({"invalid_request", "invalid_token", "insufficient_scope"})
 
 
 def location(resource: str) -> str:
@@ -96,6 +103,24 @@ def challenge(
     if dpop or identity.dpop == "required":
         found.append(_challenge("DPoP", {**parameters, "algs": " ".join(ALGORITHMS)}))
     return tuple((b"www-authenticate", each) for each in found)
+
+
+def relayed(identity: Identity, headers: Headers) -> Headers:
+    """Return our challenge for one among *headers* of the server's 401 or 403; nothing where it gets no user's token.
+
+    Of the server's own pass an error of RFC 6750 and the scopes that it wants: a client can ask its provider for those.
+    """
+    if identity.upstream != "token":
+        return ()
+    told = ", ".join(value.decode("latin-1") for name, value in headers if name == b"www-authenticate")
+    if not _SCHEME.match(told):
+        return ()
+    named = {name.lower(): value for name, value in _NAMED.findall(told)}
+    error = named.get("error")
+    scopes = tuple(named.get("scope", "").split())
+    return challenge(
+        identity, error=error if error in _ERRORS else None, public="the server wants another token", scopes=scopes
+    )
 
 
 def _challenge(scheme: str, parameters: dict[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ from sidecar.core.connection import Connection, Headers, returned_headers
 from sidecar.core.identity import svid_required
 from sidecar.core.lifetime import is_stream
 from sidecar.core.message import Shape
+from sidecar.core.metadata import relayed
 from sidecar.core.origin import shared
 from sidecar.core.replies import Response, answer, answer_batch
 from sidecar.core.review import Seen
@@ -506,7 +507,10 @@ class Turn:
             each.upstream_s = answered_s - each.clock_s
         session_id = dict(headers).get(b"mcp-session-id")
         self._serving.remember(exchange, status, None if session_id is None else session_id.decode("latin-1"))
-        self._status, self._reason, self._headers = status, reason, self._readable(returned_headers(headers))
+        kept = returned_headers(headers)
+        if status in (401, 403) and exchange.profile is not None:
+            kept += relayed(exchange.profile.identity, headers)
+        self._status, self._reason, self._headers = status, reason, self._readable(kept)
         seen = self._answer = self._serving.answer(exchange)
         if self._look(lambda: seen.begin(status, headers)) is Mode.EVENTS:
             self._send_head(None)

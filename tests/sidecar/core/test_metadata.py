@@ -2,9 +2,10 @@
 
 import json
 
+import msgspec
 import pytest
 
-from sidecar.core.metadata import WELL_KNOWN, answer, challenge, location
+from sidecar.core.metadata import WELL_KNOWN, answer, challenge, location, relayed
 from sidecar.core.profile import Identity, Profile, Provider, StepUp
 from tests.builders import a_connection, a_server
 
@@ -33,6 +34,35 @@ PROFILE = Profile(server=a_server(paths=("/mcp",)), identity=IDENTITY)
 def test_the_path_is_inserted(resource: str, expected: str) -> None:
     """RFC 9728, 3.1: the well-known part comes before the resource's own path."""
     assert expected == location(resource)
+
+
+PASSING = msgspec.structs.replace(IDENTITY, upstream="token")
+OURS = 'Bearer resource_metadata="https://mcp.test/.well-known/oauth-protected-resource/team/mcp"'
+SAID = 'error_description="the server wants another token"'
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            'Bearer error="insufficient_scope", scope="files:write files:read", resource_metadata="https://evil.test/x"',
+            f'{OURS}, scope="files:write files:read", error="insufficient_scope", {SAID}',
+        ),
+        ('bearer realm="x",error="invalid_token"', f'{OURS}, scope="mcp:use", error="invalid_token", {SAID}'),
+        ('Basic realm="x", Bearer', f'{OURS}, scope="mcp:use"'),
+        ('DPoP algs="ES256", error="anything else"', f'{OURS}, scope="mcp:use"'),
+        ('Basic realm="x"', None),
+        ("", None),
+    ],
+)
+def test_what_the_server_wants_of_a_token_that_it_got_is_said_again(theirs: str, ours: str | None) -> None:
+    """By our own challenge, which leads to the providers that are trusted here, whatever the server's says."""
+    headers = [(b"x", b"1"), (b"www-authenticate", theirs.encode())]
+    made = relayed(PASSING, headers)
+
+    assert made == (() if ours is None else ((b"www-authenticate", ours.encode()),))
+    assert relayed(IDENTITY, headers) == ()
+    assert relayed(PASSING, headers[:1]) == ()
 
 
 @pytest.mark.parametrize(

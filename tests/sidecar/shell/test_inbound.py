@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,13 +21,14 @@ from sidecar.exchange import Exchange
 from sidecar.shell import inbound
 from sidecar.shell.inbound import MAX_HEAD_BYTES, MAX_HEADERS, MAX_QUEUED, Inbound
 from sidecar.shell.upstream import Call
-from tests.builders import a_call, a_permit, a_snapshot
+from tests.builders import ANYBODY, a_call, a_permit, a_snapshot
 from tests.fakes import (
     FakeObserver,
     Heard,
     a_path,
     a_server,
     allowing,
+    answers,
     echo_script,
     eventually,
     post,
@@ -537,6 +539,26 @@ async def test_a_defect_in_judging_an_answer_is_answered() -> None:
 async def answers_with(writer: asyncio.StreamWriter, data: bytes) -> None:
     """Write *data*."""
     writer.write(data)
+
+
+@pytest.mark.parametrize(("upstream", "is_told"), [("token", True), ("none", False)])
+async def test_a_server_that_got_the_token_may_ask_for_another(upstream: Any, *, is_told: bool) -> None:
+    """Its own challenge never passes; ours says the same, to a page as well."""
+    identity = msgspec.structs.replace(ANYBODY, resource="https://mcp.test/mcp", upstream=upstream)
+    theirs = 'www-authenticate: Bearer error="insufficient_scope", scope="more", resource_metadata="https://evil.test"'
+    async with (
+        a_server(answers(response(b"", status="403 Forbidden", headers=[theirs]))) as (_, port),
+        a_path(a_snapshot(allowing(), identity=identity, port=port)) as path,
+    ):
+        client = await path.dial()
+        await client.say(post(CALL))
+        answer = await client.hear()
+        await client.close()
+    assert answer is not None
+    told = b"".join(answer.values(b"www-authenticate"))
+
+    assert (b'scope="more"' in told, b"https://mcp.test/.well-known" in told) == (is_told, is_told)
+    assert b"evil" not in told
 
 
 async def test_a_throttled_call_says_when_to_come_back() -> None:
