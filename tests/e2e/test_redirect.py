@@ -1,6 +1,7 @@
 """Requirements on the redirect rules, with real packets between a caller's and a pod's network namespace."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +65,72 @@ except OSError as error:
     print(type(error).__name__)
 """
 
+
+# The sidecar's own gate, as its user, with the pod's resolver; says of each connection where it went, or why not.
+GATE = """
+import asyncio, encodings.idna, json, os
+from dataclasses import replace
+import uvloop
+from sidecar.core.profile import EgressRules, NamedHosts, Profile
+from sidecar.record import line
+from sidecar.shell.egress_gate import EgressGate
+from sidecar.shell.serving import Serving
+from tests.builders import a_snapshot
+
+class Observer:
+    def observe(self, exchange):
+        record = json.loads(line(exchange))
+        print(json.dumps([record["destination"]["host"], record["destination"]["address"], record["decision"]["detail"]]), flush=True)
+
+async def main():
+    async with asyncio.TaskGroup() as tasks:
+        serving = Serving(upstream=None, observers=[Observer()], spawn=tasks.create_task, resolve=None, why_not_ready=lambda: None)
+        snapshot = a_snapshot()
+        rules = EgressRules(hosts=(NamedHosts(hosts=("api.example.com", "inner.example.com"), ports=(8080,)),))
+        serving.snapshot = replace(snapshot, profile=Profile(server=snapshot.profile.server, egress=rules))
+        gate = EgressGate(serving, port=15001, max_connections=16, is_recordable=lambda: True)
+        print("listening", flush=True)
+        await gate.run()
+
+os.setuid(15100)
+uvloop.run(main())
+"""
+
+# A name server: api.example.com is the world, inner.example.com the caller's private addresses, and nothing else is.
+NAMES = """
+import socket, sys
+zone = {"api.example.com": sys.argv[2:4], "inner.example.com": sys.argv[4:6]}
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind((sys.argv[1], 53))
+print("listening", flush=True)
+while True:
+    asked, client = server.recvfrom(512)
+    labels, at = [], 12
+    while asked[at]:
+        labels.append(asked[at + 1 : at + 1 + asked[at]].decode())
+        at += 1 + asked[at]
+    kind = int.from_bytes(asked[at + 1 : at + 3])
+    found = zone.get(".".join(labels))
+    answers = b""
+    if found and kind in (1, 28):
+        data = socket.inet_pton(socket.AF_INET if kind == 1 else socket.AF_INET6, found[kind == 28])
+        answers = b"\\xc0\\x0c" + kind.to_bytes(2) + b"\\0\\1\\0\\0\\0\\5" + len(data).to_bytes(2) + data
+    code = b"\\x81\\x80" if found else b"\\x81\\x83"
+    counts = b"\\0\\1" + (b"\\0\\1" if answers else b"\\0\\0") + b"\\0\\0\\0\\0"
+    server.sendto(asked[:2] + code + counts + asked[12 : at + 5] + answers, client)
+"""
+
+# Asks for a host at an address, as a user; says how the answer begins.
+REQUEST = """
+import encodings.idna, os, socket, sys
+os.setuid(1000)
+try:
+    with socket.create_connection((sys.argv[1], 8080), timeout=8) as connection:
+        connection.sendall(f"GET / HTTP/1.1\\r\\nHost: {sys.argv[2]}\\r\\n\\r\\n".encode())
+        print(connection.recv(100).decode().partition("\\r")[0])
+except OSError as error:
+    print(type(error).__name__)
+"""
 
 # Says whether a datagram from here, as a user, goes out, arrives there and is answered.
 DATAGRAM = """
@@ -256,3 +323,49 @@ def test_a_public_connection_that_escapes_redirection_is_dropped(wire: Wire, nft
 
     assert wire.ask(wire.pod, PUBLIC[family], 8080, 1000) == "TimeoutError"
     assert wire.ask(wire.pod, PUBLIC[family], 8080, USER_ID) == "8080"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_host_is_reached_by_its_name_in_either_family(wire: Wire, nft: Path, tmp_path: Path, family: int) -> None:
+    """The real gate behind the real rules and a real resolver: at its own address, whatever was dialled; others not."""
+    load_in(wire, nft, "net.BY_NAME")
+    resolver, files = tmp_path / "resolv.conf", tmp_path / "nsswitch.conf"
+    resolver.write_text(f"nameserver {CALLER[4]}\nsearch example.org\n")
+    files.write_text("hosts: files dns\n")
+    # What `ip netns exec` runs has mounts of its own.
+    mounts = f"mount --bind {resolver} /etc/resolv.conf && mount --bind {files} /etc/nsswitch.conf && exec "
+    names = [PUBLIC[4], PUBLIC[6], CALLER[4], CALLER[6]]
+    foreign = {4: "203.0.113.66", 6: "2001:db8::66"}[family]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for space, command in (
+            (wire.caller, [sys.executable, "-u", "-c", NAMES, CALLER[4], *names]),
+            (wire.pod, ["sh", "-c", mounts + '"$0" "$@"', sys.executable, "-u", "-c", GATE]),
+        ):
+            process = subprocess.Popen(["ip", "netns", "exec", space, *command], stdout=subprocess.PIPE, text=True)
+            started.append(stack.enter_context(process))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "listening\n"
+
+        said = [
+            wire.run(wire.pod, sys.executable, "-c", REQUEST, address, f"{host}:8080").stdout.strip()
+            for address, host in (
+                (PUBLIC[family], "api.example.com"),
+                (foreign, "api.example.com"),
+                (PUBLIC[family], "other.example.com"),
+                (PUBLIC[family], "inner.example.com"),
+            )
+        ]
+        started[1].kill()
+        kept = [json.loads(line) for line in started[1].communicate()[0].splitlines()]
+
+    assert said == ["8080", "8080", "HTTP/1.1 403 Forbidden", "HTTP/1.1 403 Forbidden"]
+    assert [each[:2] for each in kept] == [
+        ["api.example.com", PUBLIC[family]],
+        ["api.example.com", PUBLIC[family]],
+        ["other.example.com", None],
+        ["inner.example.com", None],
+    ]
+    assert kept[2][2] == "not_allowed: other.example.com on port 8080"
+    assert kept[3][2].startswith("address: inner.example.com is ")
