@@ -75,6 +75,9 @@ class App:
         bundle: Bundle | None = None,
         command: Sequence[str] = (),
     ) -> None:
+        is_captured = settings.role is Role.SERVER and settings.capture is Capture.REDIRECT
+        if settings.egress is WayOut.HOSTS and not is_captured:
+            raise ConfigError("SIDEGATE_EGRESS hosts needs SIDEGATE_ROLE server and SIDEGATE_CAPTURE redirect")
         self._settings = settings
         self._otel = otel
         self._bundle = bundle
@@ -317,8 +320,6 @@ class App:
         settings = self._settings
         if settings.egress is WayOut.DIRECT:
             return []
-        if settings.role is not Role.SERVER or settings.capture is not Capture.REDIRECT:
-            raise ConfigError("SIDEGATE_EGRESS hosts needs SIDEGATE_ROLE server and SIDEGATE_CAPTURE redirect")
         gate = EgressGate(
             self._serving,
             port=settings.egress_port,
