@@ -80,6 +80,15 @@ def test_an_address_for_a_name_is_refused() -> None:
     assert refused(Hello(), hello) is Why.UNNAMED
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # ssl tells what it cannot decode
+@pytest.mark.parametrize("byte", [b"\xff", b"\x00"])
+def test_a_name_that_is_no_text_is_refused(byte: bytes) -> None:
+    """Nothing behind it, nor in front of it, counts as a name."""
+    hello = a_hello("api.example.com").replace(b"api.example.com", b"api.example" + byte + b"com")
+
+    assert refused(Hello(), hello) is Why.UNREADABLE
+
+
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x00\x05hello", b"\x16\x03\x01" + b"\xff" * 40])
 def test_bytes_that_are_no_client_hello_are_refused(data: bytes) -> None:
     """Before any of them goes on."""
