@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+import msgspec
+
 from sidecar.core.document import malformed, read_json
 from sidecar.core.revision import CAPABILITIES, TASKS, UNSAID, VERSION, Revision, of_call, of_header
 from sidecar.errors import Reason, Refusal
@@ -32,8 +34,7 @@ class Shape(StrEnum):
     CLOSE_SESSION = "close_session"  # HTTP DELETE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tool:
+class Tool(msgspec.Struct, frozen=True, kw_only=True):  # made for every call, as Message is
     """A tool, by its exact name: no trimming, no case folding, no Unicode normalisation."""
 
     name: str
@@ -123,8 +124,9 @@ Target = Tool | Prompt | Resource | Task | Subscription | Ask | Listing | None
 RequestId = str | int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True
+):  # made for every call, eight times as fast as a frozen dataclass
     """One MCP message. *target* is what it must be authorised on; None for lifecycle messages."""
 
     shape: Shape

@@ -6,16 +6,16 @@ comes before the HTTP header, because a message can travel in another request's 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 # A later version may append fields behind another dash; 00 may not, and ff is no version.
 _TRACEPARENT: Final = re.compile(r"(?!ff|00.{53}.)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _OTHER_DIGIT: Final = dict(zip("0123456789abcdef", "1032547698badcfe", strict=True))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceContext:
+class TraceContext(msgspec.Struct, frozen=True, kw_only=True):  # read for every call that has one
     """The caller's trace, and its span in it."""
 
     trace_id: str

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -333,7 +332,11 @@ def _parts(message: Message, connection: Connection) -> list[Message]:
     found = parse_any(message.body, connection.header(VERSION))
     raws = msgspec.json.decode(message.body, type=list[msgspec.Raw])
     assert isinstance(found, tuple)  # noqa: S101 - it begins like a batch and was admitted
-    return [replace(each, body=bytes(raw)) for each, raw in zip(found, raws, strict=True) if isinstance(each, Message)]
+    return [
+        msgspec.structs.replace(each, body=bytes(raw))
+        for each, raw in zip(found, raws, strict=True)
+        if isinstance(each, Message)
+    ]
 
 
 def _check_accept(connection: Connection, message: Message) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from hashlib import sha256
 
+import msgspec
 import pytest
 from msgspec import Raw
 
@@ -176,7 +177,8 @@ def test_an_ask_may_bring_a_context_of_its_own() -> None:
     ask, exchange = an_ask(), an_exchange()
     exchange.trace_id, exchange.parent_id = "c" * 32, "d" * 16
     own = {"traceparent": f"00-{'c' * 32}-{'e' * 16}-01"}
-    judge_ask(exchange, replace(ask, params={"_meta": own}), under_way(), a_snapshot(allowing()), Memory(), clock_s=0)
+    asked = msgspec.structs.replace(ask, params={"_meta": own})
+    judge_ask(exchange, asked, under_way(), a_snapshot(allowing()), Memory(), clock_s=0)
 
     assert (exchange.trace_id, exchange.parent_id) == ("c" * 32, "e" * 16)
     assert exchange.link is not None

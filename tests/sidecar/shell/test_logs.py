@@ -5,9 +5,9 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from sidecar.config import LogLevel, RequestLines
@@ -106,7 +106,7 @@ def test_lines_can_be_fewer_or_off(pipe: tuple[int, int], lines: RequestLines, l
 def test_odd_name_breaks_no_line(pipe: tuple[int, int]) -> None:
     """A lone surrogate, a line end."""
     message = a_call("x")
-    odd = replace(message, target=type(message.target)(name="\ud800\n", arguments={}))  # type: ignore[call-arg, misc]
+    odd = msgspec.structs.replace(message, target=type(message.target)(name="\ud800\n", arguments={}))  # type: ignore[call-arg, misc]
 
     assert len(_written(pipe, an_exchange(odd))) == 1
 
