@@ -4,13 +4,55 @@ A defect in serving one connection ends neither the others nor the process.
 """
 
 import asyncio
+import errno
+import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from sidecar.errors import Refusal
 
 log = logging.getLogger(__name__)
+
+BACKLOG: Final = 512  # connections that wait in the kernel while all places are taken
+_NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # a kernel without IPv6, or where it is switched off
+
+
+def listening(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Return sockets that listen on *hosts*, all on the same port; what the pod has no addresses of is left out.
+
+    Raises OSError, naming host and port, where that leaves none, and where somebody else has the port.
+    """
+    sockets: list[socket.socket] = []
+    for host in hosts:
+        try:
+            sock = _bound(host, port)
+        except OSError as error:
+            if sockets and error.errno in _NO_SUCH_FAMILY:
+                continue
+            for each in sockets:
+                each.close()
+            raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from error
+        port = sock.getsockname()[1]
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        sockets.append(sock)
+    return sockets
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class Accepting:

@@ -14,12 +14,11 @@ from typing import Final
 
 from sidecar.core.egress import split_authority, target
 from sidecar.errors import Refusal
-from sidecar.shell.accepting import Accepting
+from sidecar.shell.accepting import Accepting, listening
 from sidecar.shell.egress import MAX_HEAD_BYTES, Egress, Outgoing
 from sidecar.shell.listener import SO_ORIGINAL_DST
 from sidecar.shell.tunnel import carry
 
-BACKLOG: Final = 512
 QUIET_S: Final = 1.0  # an application that says nothing first speaks another protocol, in which the server begins
 HEAD_S: Final = 10.0
 CONNECT_S: Final = 10.0
@@ -160,18 +159,4 @@ def _origin_form(head: bytes, path: str, authority: str) -> bytes:
 
 def bind(port: int) -> list[socket.socket]:
     """Return the listening sockets of both families, on loopback and on the same port."""
-    sockets: list[socket.socket] = []
-    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
-        except OSError:
-            if sockets:  # a pod without IPv6
-                continue
-            raise
-        port = sock.getsockname()[1]
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-        sockets.append(sock)
-    return sockets
+    return listening(("127.0.0.1", "::1"), port)

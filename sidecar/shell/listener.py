@@ -6,7 +6,6 @@ handshake); Linux netfilter, SO_ORIGINAL_DST.
 """
 
 import asyncio
-import ipaddress
 import socket
 import ssl
 import struct
@@ -14,11 +13,10 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.config import Capture
-from sidecar.shell.accepting import Accepting
+from sidecar.shell.accepting import Accepting, listening
 from sidecar.shell.inbound import Inbound
 from sidecar.shell.serving import Serving
 
-BACKLOG: Final = 512  # connections that wait in the kernel while all places are taken
 FIRST_BYTE_S: Final = 10.0  # a client that connects and says nothing gives its place back
 HANDSHAKE_S: Final = 10.0
 TLS_HANDSHAKE: Final = b"\x16"
@@ -45,7 +43,8 @@ class Listener:
         self._tls = tls
         self._refused_port = refused_port
         self._loop = asyncio.get_running_loop()
-        sockets = _bind(host, port)
+        # `::` means both families.
+        sockets = listening(("0.0.0.0", "::") if host == "::" else (host,), port)  # noqa: S104 - the pod's network is what we guard
         self.port: int = sockets[0].getsockname()[1]
         self._accepting = Accepting(sockets, self._serve, max_connections=max_connections)
 
@@ -114,30 +113,3 @@ def original_port(sock: socket.socket) -> int:
         return int(sock.getsockname()[1])
     port: int = struct.unpack_from("!H", address, 2)[0]  # sin_port and sin6_port both stand at 2
     return port
-
-
-def _bind(host: str, port: int) -> list[socket.socket]:
-    """Return the listening sockets for *host*; `::` means both families, on the same port."""
-    hosts = ["0.0.0.0", "::"] if host == "::" else [host]  # noqa: S104 - the pod's network is what we guard
-    sockets: list[socket.socket] = []
-    for each in hosts:
-        family = socket.AF_INET6 if ipaddress.ip_address(each).version == 6 else socket.AF_INET
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError:  # a kernel without IPv6
-            if len(hosts) > 1 and sockets:
-                continue
-            raise
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            sock.bind((each, port))
-        except OSError as error:
-            sock.close()
-            raise OSError(error.errno, f"{each} port {port}: {error.strerror}") from error
-        port = sock.getsockname()[1]
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-        sockets.append(sock)
-    return sockets

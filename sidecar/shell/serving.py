@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sidecar.core import trace
 from sidecar.core.answer import Answer
-from sidecar.core.authorise import Engine, Permit
+from sidecar.core.authorise import Permit
 from sidecar.core.connection import Connection, Headers
 from sidecar.core.content import compiled
 from sidecar.core.filters import Reader
@@ -363,11 +363,6 @@ class Serving:
         exchange.judged_s = time.monotonic() - exchange.clock_s
         requester.refuse(refusal)
 
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """Return the engines in force; a listing that was under way when they changed is filtered by the new ones."""
-        return () if self.snapshot is None else self.snapshot.engines
-
     def remember(self, exchange: Exchange, status: int, session_id: str | None) -> None:
         """Keep what the server's answer says of sessions; a stream in one that is another's now must not hear of it."""
         if remember(exchange, status, session_id, self.memory):
@@ -394,15 +389,15 @@ class Serving:
         return Answer(reader, partial(self._ask, exchange), stream_path=stream_path)
 
     def _reader(self, permit: Permit) -> Reader:
-        content = None if self.snapshot is None else compiled(self.snapshot.profile.content)
-        if self.snapshot is None or content is None:
-            return Reader(permit=permit, engines=self.engines, tasks=self.memory.tasks)
+        snapshot = self.snapshot
+        assert snapshot is not None  # noqa: S101 - it was there when the message was judged
+        content = compiled(snapshot.profile.content)
         return Reader(
             permit=permit,
-            engines=self.engines,
+            engines=snapshot.engines,  # in force now: a listing under way when they changed is filtered by the new ones
             tasks=self.memory.tasks,
-            screen=content.answered(permit.question.message),
-            denied=self.snapshot.profile.denied,
+            screen=None if content is None else content.answered(permit.question.message),
+            denied=snapshot.profile.denied,
         )
 
     def note(self, seen: Seen, exchange: Exchange, stream: Stream | None = None) -> None:

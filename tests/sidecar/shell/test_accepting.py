@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from sidecar.errors import Reason, Refusal
-from sidecar.shell.accepting import Accepting
+from sidecar.shell.accepting import Accepting, listening
 
 
 @contextlib.asynccontextmanager
@@ -24,6 +24,23 @@ async def accepting(
         yield port
         running.cancel()
     assert listening.fileno() == -1
+
+
+def test_a_port_that_another_has_in_one_family_is_not_left_to_it() -> None:
+    """Callers of that family would reach whoever has it."""
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"::1 port {port}: Address already in use"):
+            listening(("127.0.0.1", "::1"), port)
+
+
+def test_a_family_of_which_the_pod_has_no_address_is_left_out() -> None:
+    """But not the only one."""
+    (sock,) = listening(("127.0.0.1", "2001:db8::1"), 0)
+    assert sock.getsockname()[0] == "127.0.0.1"
+    sock.close()
+    with pytest.raises(OSError, match="2001:db8::1 port 0: "):
+        listening(("2001:db8::1",), 0)
 
 
 async def answer_of(port: int) -> bytes:
