@@ -179,7 +179,9 @@ class Rewriter:
         skimmer = _Skimmer(data, self._suspects, is_free=self._is_free)
         hidden_from, hidden_depth = 0, 0  # of a container that is replaced as a whole
         is_first = True
-        for token in _TOKEN.finditer(data):
+        for token in _TOKEN.finditer(
+            data, 0, len(data.rstrip())
+        ):  # or it would try each space of the end, again and again
             start, end = token.span(2)
             sign, frame = data[start], stack[-1]
             if hidden_depth:

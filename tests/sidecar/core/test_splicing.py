@@ -273,6 +273,14 @@ def test_fields_that_are_masked_are_masked_however_much_else_is_found() -> None:
     assert made.count(MARK) == MAX_MARKS + 1
 
 
+def test_white_space_takes_linear_time() -> None:
+    """At the end too, where no token follows: a million spaces must not take minutes."""
+    spaces = b" " * 10**6
+    data = b"%b[%b%b,%b]%b" % (spaces, spaces, b'"' + KEY + b'"', b"1", spaces)
+
+    assert rewritten(data) == data.replace(KEY, MARK)
+
+
 def test_many_texts_are_searched_at_once() -> None:
     """A search for each of a million numbers takes seconds."""
     data = json.dumps([{"n": number, "t": "text"} for number in range(20_000)] + ["a@b.test"]).encode()
