@@ -117,7 +117,9 @@ class Enforcement:
             if before is None:
                 continue
             is_exposed = answer.result()
-            wait_s = AGAIN_S if is_exposed is False else SOON_S
+            # Silence counts for long when it is heard twice: an application starts to listen after its sidecar.
+            is_proven = is_exposed is False and before.is_exposed is False
+            wait_s = AGAIN_S if is_proven else SOON_S
             self._targets[key] = replace(before, due_s=now_s + wait_s, is_exposed=is_exposed)
             if is_exposed and not before.is_exposed:
                 log.error(EXPOSED, extra={"pod": "/".join(key)})

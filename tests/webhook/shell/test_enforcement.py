@@ -191,6 +191,41 @@ async def test_an_exposed_pod_is_dialled_again_soon(monkeypatch: pytest.MonkeyPa
     assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
 
 
+async def test_an_application_that_listens_later_than_its_sidecar_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its silence counts for minutes only when it was heard twice."""
+    monkeypatch.setattr(enforcement_module, "SOON_S", 0.0)
+    port = await closed_port()
+    async with listener() as health:
+        enforcement, metrics = an_enforcement(health)
+        enforcement.apply(Listed([a_pod(port)], "1"))
+        await enforcement.step()
+        assert counted(metrics)["closed"] == 1
+
+        async with listener(port):
+            await enforcement.step()
+
+    assert counted(metrics) == {"closed": 0, "exposed": 1, "unknown": 0}
+
+
+async def test_silence_that_was_heard_twice_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods are not dialled all the time."""
+    monkeypatch.setattr(enforcement_module, "SOON_S", 0.0)
+    dialled: list[int] = []
+
+    async def answers(_: str, port: int) -> bool:
+        dialled.append(port)
+        return port == 1
+
+    monkeypatch.setattr(enforcement_module, "_answers", answers)
+    enforcement, metrics = an_enforcement(1)
+    enforcement.apply(Listed([a_pod(8000)], "1"))
+    for _ in range(4):
+        await enforcement.step()
+
+    assert dialled == [1, 8000] * 2
+    assert counted(metrics) == {"closed": 1, "exposed": 0, "unknown": 0}
+
+
 async def test_who_leads_no_more_counts_nothing() -> None:
     """Another replica does; the sum over both is the number of pods."""
     async with listener() as health, listener() as app:
