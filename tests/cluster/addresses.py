@@ -10,3 +10,8 @@ API_SERVICE_IP = "10.96.0.1"
 DNS_IP = "10.96.0.10"
 SPIRE_SERVER_IP = "10.96.0.81"  # fixed, so that the agent on the host network needs no cluster DNS
 POD_CIDR = "10.244.0.0/24"
+# The same of IPv6: pods have an address of each family, Services one of IPv4 unless they ask for both.
+NODE_IP6 = "fd98::2"
+GATEWAY_IP6 = "fd98::1"
+SERVICE_CIDR6 = "fd96::/112"
+POD_CIDR6 = "fd44::/112"

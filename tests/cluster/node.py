@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.cluster import cgroups
-from tests.cluster.addresses import DNS_IP, GATEWAY_IP, NODE_IP, NODE_NAME, POD_CIDR, SERVICE_CIDR
+from tests.cluster.addresses import (
+    DNS_IP,
+    GATEWAY_IP,
+    GATEWAY_IP6,
+    NODE_IP,
+    NODE_IP6,
+    NODE_NAME,
+    POD_CIDR,
+    POD_CIDR6,
+    SERVICE_CIDR,
+    SERVICE_CIDR6,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +101,7 @@ class Node:
         kubelet = (
             f"--config={self.run_dir}/kubelet.json",
             f"--kubeconfig={self.pki}/kubelet.conf",
-            f"--node-ip={NODE_IP}",
+            f"--node-ip={NODE_IP},{NODE_IP6}",
         )
         self._daemon("kubelet", "kubelet", *kubelet, f"--hostname-override={NODE_NAME}")
         self._daemon(
@@ -134,15 +145,19 @@ class Node:
             "link add node0 type veth peer name node0-peer",  # a kernel may lack dummy devices
             "link set node0-peer up",
             f"address add {NODE_IP}/24 dev node0",
+            f"address add {NODE_IP6}/64 dev node0 nodad",
             "link set node0 up",
             f"route add default via {GATEWAY_IP} dev node0",
+            f"route add default via {GATEWAY_IP6} dev node0",
         ):
             self._run("ip", *command.split())
-        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-        bridged = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
-        if not bridged.exists():
-            raise NodeError("kernel module br_netfilter is needed (bridge-nf-call-iptables), and is not loaded")
-        bridged.write_text("1")
+        for family in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+            Path("/proc/sys/net", family).write_text("1")
+        for tables in ("iptables", "ip6tables"):
+            bridged = Path(f"/proc/sys/net/bridge/bridge-nf-call-{tables}")
+            if not bridged.exists():
+                raise NodeError(f"kernel module br_netfilter is needed ({bridged.name}), and is not loaded")
+            bridged.write_text("1")
 
     def _configure(self) -> None:
         self.run_dir.joinpath("cni").mkdir()
@@ -215,7 +230,7 @@ def _apiserver_arguments(pki: Path) -> list[str]:
         f"--etcd-servers={_ETCD}",
         f"--advertise-address={NODE_IP}",
         "--secure-port=6443",
-        f"--service-cluster-ip-range={SERVICE_CIDR}",
+        f"--service-cluster-ip-range={SERVICE_CIDR},{SERVICE_CIDR6}",
         "--allow-privileged=true",
         "--authorization-mode=Node,RBAC",
         "--enable-admission-plugins=NodeRestriction",
@@ -254,8 +269,10 @@ def _controller_manager_arguments(pki: Path) -> list[str]:
         "--use-service-account-credentials",
         "--leader-elect=false",
         "--allocate-node-cidrs=true",
-        f"--cluster-cidr={POD_CIDR}",
-        "--node-cidr-mask-size=24",
+        f"--cluster-cidr={POD_CIDR},{POD_CIDR6}",
+        f"--service-cluster-ip-range={SERVICE_CIDR},{SERVICE_CIDR6}",
+        "--node-cidr-mask-size-ipv4=24",
+        "--node-cidr-mask-size-ipv6=112",
     ]
 
 
@@ -267,13 +284,17 @@ def _kube_router_arguments(pki: Path) -> list[str]:
         "--run-firewall=true",
         f"--kubeconfig={pki}/admin.conf",
         f"--hostname-override={NODE_NAME}",
-        f"--service-cluster-ip-range={SERVICE_CIDR}",
+        f"--service-cluster-ip-range={SERVICE_CIDR}",  # not of IPv6: v2.1.0 names its sets wrongly (issue 1653)
         "--iptables-sync-period=1m",
     ]
 
 
 def _cni_network() -> dict[str, object]:
-    addresses = {"type": "host-local", "ranges": [[{"subnet": POD_CIDR}]], "dataDir": "/var/lib/cni"}
+    addresses = {
+        "type": "host-local",
+        "ranges": [[{"subnet": POD_CIDR}], [{"subnet": POD_CIDR6}]],
+        "dataDir": "/var/lib/cni",
+    }
     bridge = {
         "type": "bridge",
         "bridge": "cni0",
@@ -349,7 +370,7 @@ def _proxy_configuration(pki: Path) -> dict[str, object]:
         "kind": "KubeProxyConfiguration",
         "clientConnection": {"kubeconfig": f"{pki}/proxy.conf"},
         "mode": "nftables",
-        "clusterCIDR": POD_CIDR,
+        "clusterCIDR": f"{POD_CIDR},{POD_CIDR6}",
         "oomScoreAdj": 0,
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     }

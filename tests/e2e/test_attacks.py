@@ -109,6 +109,7 @@ ATTEMPTS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "host-network": ("hostNetwork: traffic would not pass the sidecar", _spec(hostNetwork=True)),
     "host-pid": ("hostPID: the sidecar's process would be in reach", _spec(hostPID=True)),
     "shared-processes": ("shareProcessNamespace: the sidecar's process would be in reach", _spec(shareProcessNamespace=True)),
+    "node-sockets": ("hostPath /run leads to the sockets", _spec(volumes=[{"name": "node", "hostPath": {"path": "/run"}}])),
     "same-uid": ("runAsUser 15100 is the sidecar's", _container_with(runAsUser=15100)),
     "raw-sockets": ("capability NET_RAW can undo the capture", _container_with(capabilities={"add": ["NET_RAW"]})),
     "network-administrator": ("capability NET_ADMIN can undo", _container_with(capabilities={"add": ["NET_ADMIN"]})),

@@ -216,6 +216,9 @@ def test_a_restricted_namespace_takes_remap(governed: Governed, restricted: str)
     address = pod["status"]["podIP"]
 
     assert pod["metadata"]["labels"]["sidegate.dev/capture"] == "remap"
+    service_of = "--selector=kubernetes.io/service-name=tight"
+    slices = governed.cluster.get("--namespace", restricted, "endpointslices", service_of)["items"]
+    assert [[port["port"] for port in each["ports"]] for each in slices] == [[15443]]
     assert json.loads(pod["metadata"]["annotations"]["sidegate.dev/status"])["guarantee"] == "remap"
     outcome = governed.ask(
         "https://tight.restricted.svc:8000/mcp",
