@@ -403,7 +403,9 @@ async def test_server_that_does_not_hold_requests_is_not_pressed(monkeypatch: py
         assert sidecar.numbers == [1]
 
 
-@pytest.mark.parametrize(("retry_after", "expected"), [("2", 2.0), ("0", 0.5), ("9999", 30.0), ("soon", 1.0), (None, 1.0)])
+@pytest.mark.parametrize(
+    ("retry_after", "expected"), [("2", 2.0), ("0", 0.5), ("9999", 30.0), ("soon", 1.0), (None, 1.0)]
+)
 async def test_control_plane_says_when_to_ask_again(
     monkeypatch: pytest.MonkeyPatch, retry_after: str | None, expected: float
 ) -> None:

@@ -186,7 +186,8 @@ async def test_what_is_refused_for_ever_leaves_the_others_their_share(monkeypatc
         refused, after = sum(writes[:60]), sum(writes[60:])
 
         assert plane.status("p8")["Accepted"] == ("True", "Selects")
-        assert (refused, after) == (8 * 3 + 12, 8 + 12)  # after 0, 10, 30 and 70 s; the good one, as its echo never comes
+        # After 0, 10, 30 and 70 s; the good one, as its echo never comes.
+        assert (refused, after) == (8 * 3 + 12, 8 + 12)
         plane.cluster.controller.apply(POLICY, Put(plane.server.put(POLICIES, a_policy("p0", generation=2))))
         await plane.cluster.compiled()
         await plane.step(after_s=1)
