@@ -354,6 +354,7 @@ def _resumable(exchange: Exchange, memory: Memory) -> Connection:
     """Return the exchange's connection without the event that it resumes after, where its principal was never told that."""
     connection, principal = exchange.connection, exchange.principal
     assert principal is not None  # noqa: S101 - for the type checker: the stage before set it
+    connection.header(resumption.HEADER)  # refuses two: which one the server takes, nobody knows
     if not memory.told.has(principal.key, connection.values[resumption.HEADER]):
         headers = [pair for pair in connection.headers if pair[0] != resumption.HEADER]
         connection = exchange.connection = replace(connection, headers=headers)

@@ -198,10 +198,10 @@ class Rewriter:
                 frame.wants_key = False
                 if self._has_limits or frame.top is not None:
                     frame.key = _decoded(data[start:end])[0].decode(errors="replace")
-                if (
-                    frame.is_searched and frame.top is None and skimmer.is_suspect(start, end)
-                ):  # those above: the protocol's
-                    edits += self._name(data, start, end, frame)
+                if frame.is_searched and frame.top is None:  # those above: the protocol's
+                    is_plain = frame.rules is self._everywhere  # others may be bound to ends of the text
+                    if not is_plain or skimmer.is_suspect(start, end):
+                        edits += self._name(data, start, end, frame)
             else:
                 inner = frame if is_first else self._placed(frame, scope)
                 is_first = False

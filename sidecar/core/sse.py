@@ -38,18 +38,26 @@ class Event:
         """Return the event with a bare colon, which means nothing, for each line that *keeps* does not want.
 
         It is not asked for the data of an event that *has_message*, judged elsewhere, nor for ids: like a cursor, one is
-        the server's to read again.
+        the server's to read again. An event that is no message could become one without its kind: all of it is left out.
         """
         lines = self.raw.replace(b"\r\n", b"\n").split(b"\n")
         kept = [
             line if line in _USUAL or _is_id(line) or (has_message and _is_data(line)) or keeps(line) else b":"
             for line in lines
         ]
-        return self if kept == lines else replace(self, raw=b"\n".join(kept))
+        if kept == lines:
+            return self
+        if self.data is None and any(new != old and _is_kind(old) for new, old in zip(kept, lines, strict=True)):
+            return replace(self, raw=b"", endpoint=None)
+        return replace(self, raw=b"\n".join(kept))
 
 
 def _is_id(line: bytes) -> bool:
     return line == b"id" or line.startswith(b"id:")
+
+
+def _is_kind(line: bytes) -> bool:
+    return line == b"event" or line.startswith(b"event:")
 
 
 def _is_data(line: bytes) -> bool:

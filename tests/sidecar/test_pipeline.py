@@ -254,6 +254,21 @@ def test_only_who_was_told_an_event_resumes_after_it() -> None:
     assert found == [(True, ()), (False, ("last-event-id",))]
 
 
+def test_two_events_to_resume_after_are_refused() -> None:
+    """The one that was told would let another's through: many servers take the first."""
+    memory = Memory()
+    told = judged(a_connection(a_call(), peer=a_peer()), memory=memory)[0].principal
+    assert told is not None
+    memory.told.add(told.key, b"5")
+    headers = [(b"last-event-id", b"6"), (b"last-event-id", b"5"), (b"accept", b"text/event-stream")]
+
+    refusal = refused(a_connection(method="GET", headers=headers, peer=a_peer()), memory=memory)
+    assert (refusal.reason, refusal.public) == (
+        Reason.MALFORMED,
+        "the header last-event-id is given more than once",
+    )
+
+
 def test_a_refused_session_is_on_record() -> None:
     """Who tries others' ids is seen."""
     exchange, _ = judged(with_session(a_call(), "stolen"))

@@ -374,6 +374,19 @@ def test_what_is_no_message_of_an_event_is_screened_as_text(body: bytes) -> None
     assert sum(found.count for each in stream.take() for found in each.found) == 5
 
 
+def test_an_event_whose_kind_may_not_pass_is_left_out() -> None:
+    """Without its kind a client would take it for a message, which nobody has judged."""
+    stream = a_screened_stream(a_call())
+    ask = a_request("sampling/createMessage")
+
+    assert stream.feed(b"id: 3\nevent: %b\ndata: %b\n\n" % (KEY, ask)) == b""
+    assert stream.feed(b"event: message\nevent: %b\ndata: %b\n\n" % (KEY, ask)) == b""
+    assert stream.event_ids == []
+    assert stream.feed(b"event: %b\nevent: message\ndata: %b\n\n" % (KEY, RESULT)) == (
+        b":\nevent: message\ndata: %b\n\n" % RESULT
+    )
+
+
 def test_an_event_of_which_nothing_is_found_keeps_its_bytes() -> None:
     """And what is only to be left out of the record reaches the client."""
     for rule in ({}, {"action": "redact"}, {"mode": "shadow"}):

@@ -166,6 +166,15 @@ def test_an_expression_can_be_bound_to_fields() -> None:
     )
 
 
+def test_an_expression_bound_to_fields_may_be_bound_to_the_ends_of_names_in_them() -> None:
+    """Many texts are searched at once where nothing is bound to the ends of one: not below such fields."""
+    screen = Content([a_rule(fields=("m",), regex="^[a-z]{8}$")]).answered(parse(a_call("a")))
+    assert screen is not None
+    data = b'{"result":{"m":{"abcdefgh":"abcdefgh"}}}'
+
+    assert screen.screen(data, ANSWER).data == b'{"result":{"m":{"[masked]":"[masked]"}}}'
+
+
 def test_the_protocols_own_members_are_left() -> None:
     """A rule that fits them would make a message of no protocol."""
     rule = a_rule(regex="(?i)m[eo]")
