@@ -94,11 +94,11 @@ class Requests:
         self._port = port
         self._parser = httptools.HttpRequestParser(self)
         self._host: str | None = None
-        self._is_in_body = False
         self._reset()
 
     def feed(self, data: bytes) -> str | None:
         """Take *data*; return the host that is asked for once it is known. Raises Barred."""
+        self._unseen_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -108,6 +108,8 @@ class Requests:
             if isinstance(cause, Barred):
                 raise cause from None
             raise Barred(Why.UNREADABLE, f"no HTTP/1: {error}") from error
+        if self._unseen_bytes > 2 * MAX_HEAD_BYTES:  # the parser keeps a field to itself until it ends
+            raise Barred(Why.UNREADABLE, f"a head of more than {MAX_HEAD_BYTES} bytes")
         return self._host
 
     def refusal(self, refusal: Barred) -> bytes:
@@ -121,6 +123,7 @@ class Requests:
         self._url = b""
         self._hosts: list[bytes] = []
         self._head_bytes = 0
+        self._unseen_bytes = 0  # that came since the request began, or since a piece of its body
 
     def on_message_begin(self) -> None:
         """Begin a request."""
@@ -143,6 +146,11 @@ class Requests:
         if self._host not in (None, host):
             raise Barred(Why.MISMATCH, f"{self._host} and {host} on one connection")
         self._host = host
+
+    def on_body(self, piece: bytes) -> None:
+        """Let a piece of the body pass."""
+        del piece
+        self._unseen_bytes = 0
 
     def _grow(self, size_bytes: int) -> None:
         self._head_bytes += size_bytes

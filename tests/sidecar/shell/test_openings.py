@@ -176,6 +176,39 @@ def test_what_is_no_plain_request_is_refused(data: bytes, reason: Why) -> None:
     assert refused(Requests(80), data) is reason
 
 
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (b"", b"\r\n"),
+        (b"GET /", b"x"),
+        (b"GET / HTTP/1.1\r\nX", b"x"),
+        (b"GET / HTTP/1.1\r\nX: ", b"x"),
+        (a_request("POST / HTTP/1.1", "Host: a.example", "Transfer-Encoding: chunked", body=b"0\r\nX: "), b"x"),
+        (a_request("POST / HTTP/1.1", "Host: a.example", "Transfer-Encoding: chunked", body=b"1;"), b"x"),
+    ],
+)
+def test_a_head_that_never_ends_is_refused(first: bytes, more: bytes) -> None:
+    """However it comes: the parser would keep it all, and copy it anew with every piece."""
+    reader = Requests(80)
+    reader.feed(first)
+    with pytest.raises(Barred) as error:
+        for _ in range(3 * openings.MAX_HEAD_BYTES // 1024):
+            reader.feed(more * (1024 // len(more)))
+
+    assert error.value.why is Why.UNREADABLE
+
+
+def test_a_large_body_passes() -> None:
+    """Its bytes are not the head's, of whatever framing."""
+    reader, piece = Requests(80), b"x" * 65536
+    reader.feed(a_request("POST / HTTP/1.1", "Host: a.example", f"Content-Length: {8 * len(piece)}"))
+    for _ in range(8):
+        reader.feed(piece)
+    reader.feed(a_request("POST / HTTP/1.1", "Host: a.example", "Transfer-Encoding: chunked"))
+    for _ in range(8):
+        assert reader.feed(b"10000\r\n" + piece + b"\r\n") == "a.example"
+
+
 def test_a_refused_client_of_http_is_answered() -> None:
     """By a whole response, which says what was refused."""
     said = Requests(80).refusal(Barred(Why.NOT_ALLOWED, "é.example on port 80"))
