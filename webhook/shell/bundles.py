@@ -259,15 +259,18 @@ class Bundles:
 
     def _response(self, entry: Entry, published: Published) -> Response | None:
         """Return *published* as the HTTP server would send it; None when it has to be signed first, or by a thread."""
-        if self.is_stopping or published.stamp < self._stamp(entry) or len(published.data) > SMALL_BYTES:
+        if self.is_stopping or published.stamp < self._stamp(entry):
+            return None
+        data = published.data  # once: the signer's thread may put a newer one in its place meanwhile
+        if len(data) > SMALL_BYTES:
             return None
         etag, held, now_s = self.etag(published), published.response, int(time.time())
-        if held is None or (held.etag, held.at_s) != (etag, now_s) or held.data is not published.data:
+        if held is None or (held.etag, held.at_s) != (etag, now_s) or held.data is not data:
             fields = {"ETag": f'"{etag}"', WITHIN_HEADER: self.within(), "Content-Type": MEDIA_TYPE}
-            fields |= {"Content-Length": str(len(published.data)), "Date": formatdate(now_s, usegmt=True)}
+            fields |= {"Content-Length": str(len(data)), "Date": formatdate(now_s, usegmt=True)}
             head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-            wire = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + published.data
-            held = published.response = Response(etag, now_s, published.data, wire)
+            wire = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + data
+            held = published.response = Response(etag, now_s, data, wire)
         return held
 
     def within(self) -> str:

@@ -319,6 +319,27 @@ async def test_bundle_that_must_be_signed_first_is_not_handed_out_as_it_is(plane
     assert decode(waiting.result()[2], plane.bundles.keys.believed).stamp.sequence == 12
 
 
+async def test_response_is_whole_when_its_bundle_is_signed_again_meanwhile(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signer's thread does that at any moment; a body longer than its head says would be the next response."""
+    published = Published(b"second", "r2")
+
+    def sign(*_: object, **__: object) -> str:
+        published.data = b"the second, signed again"
+        return "Mon, 23 Nov 2026 00:00:00 GMT"
+
+    monkeypatch.setattr("webhook.shell.bundles.formatdate", sign)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(plane.ask(headers={"If-None-Match": '"r1"', "Prefer": "wait=60"}))
+        await plane.somebody_waits()
+        plane.bundles.publish(POD, published)
+
+    assert waiting.result()[2] == b"second"
+    assert published.response is not None
+    assert published.response.wire.endswith(b"\r\n\r\nsecond")
+
+
 async def test_stopping_is_said_to_who_waits(plane: Plane) -> None:
     """The HTTP server says `Connection: close` then, and must be let."""
     plane.bundles.is_stopping = True
