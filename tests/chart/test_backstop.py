@@ -362,6 +362,7 @@ LOOSE: dict[str, tuple[str, Callable[[JSON], object]]] = {
     "other-value": ("sidegate.dev/egress", lambda pod: pod["metadata"]["labels"].update({"sidegate.dev/egress": "all"})),
     "agent": ("environment", lambda pod: pod["metadata"]["labels"].update({"sidegate.dev/agent": "true"})),
     "no-user": ("sidegate.dev/egress", _unheld(runAsUser=None)),
+    "root": ("sidegate.dev/egress", _unheld(runAsUser=0)),  # who owns /etc/hosts, the sidecar's too
     "may-escalate": ("sidegate.dev/egress", _unheld(allowPrivilegeEscalation=None)),
     "keeps-capabilities": ("sidegate.dev/egress", _unheld(capabilities={"drop": ["NET_RAW"]})),
     "adds-setuid": ("sidegate.dev/egress", _unheld(capabilities={"drop": ["ALL"], "add": ["SETUID"]})),
@@ -489,6 +490,7 @@ def test_a_debug_container_needs_the_glass_to_be_broken(api: ApiServer, live: st
     ):
         assert "touches neither the sidecar's process" in debug(api, glass, **fields).refusal
     assert debug(api, "/api/v1/namespaces/optional/pods/plain").status == 200
+    assert "not for debug containers" in debug(api, "/api/v1/namespaces/optional/pods/plain", name="sidegate").refusal
 
 
 def test_a_debug_container_of_a_server_that_is_let_out_by_name_is_held_as_the_others(api: ApiServer) -> None:
@@ -499,9 +501,9 @@ def test_a_debug_container_of_a_server_that_is_let_out_by_name_is_held_as_the_ot
     path = "/api/v1/namespaces/glass/pods/out"
 
     assert "touches neither" in debug(api, path).refusal
-    assert "touches neither" in debug(api, path, securityContext=HELD | {"runAsUser": 15100}).refusal
+    for user in (0, 15100):
+        assert "touches neither" in debug(api, path, securityContext=HELD | {"runAsUser": user}).refusal
     assert debug(api, path, securityContext=HELD).status == 200
-    assert "not for debug containers" in debug(api, "/api/v1/namespaces/optional/pods/plain", name="sidegate").refusal
 
 
 def connect(api: ApiServer, path: str, verb: str, query: str = "") -> str:

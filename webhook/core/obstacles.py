@@ -60,7 +60,8 @@ def refuse_by_name(bare: Pod, capture: Capture) -> None:
     """Raise Denial where a server that is let out by host name could go round the sidecar.
 
     NetworkPolicies no longer hold it back from public addresses then: that stands on its not becoming the sidecar's user,
-    on its having no raw sockets, and on names that mean what DNS says.
+    on its having no raw sockets, and on names that mean what DNS says. Root, even without capabilities, owns /etc/hosts
+    and /etc/resolv.conf, which all containers of a pod share, the sidecar's too.
     """
     spec = bare.spec
     if capture is not Capture.REDIRECT:
@@ -77,17 +78,18 @@ def refuse_by_name(bare: Pod, capture: Capture) -> None:
     for each in bare.containers:
         own, pods = each.security_context or SecurityContext(), spec.security_context or SecurityContext()
         capabilities = own.capabilities or Capabilities()
+        user = pods.run_as_user if own.run_as_user is None else own.run_as_user
         is_held = (
-            (own.run_as_user is not None or pods.run_as_user is not None)
+            bool(user)
             and own.allow_privilege_escalation is False
-            and "ALL" in _named(capabilities.drop)
+            and "ALL" in {name.upper() for name in capabilities.drop or ()}  # no runtime takes CAP_ALL for it
             and _named(capabilities.add) <= {"NET_BIND_SERVICE"}
         )
         if not is_held:
             raise Denial(
                 DenyCode.UNENFORCEABLE_EGRESS,
-                f"container {each.name}: hosts in spec.egress of the MCPServerProfile need securityContext with runAsUser, "
-                "allowPrivilegeEscalation: false and capabilities.drop: [ALL] (NET_BIND_SERVICE may be added)",
+                f"container {each.name}: hosts in spec.egress of the MCPServerProfile need securityContext with runAsUser "
+                "other than 0, allowPrivilegeEscalation: false and capabilities.drop: [ALL] (NET_BIND_SERVICE may be added)",
             )
 
 

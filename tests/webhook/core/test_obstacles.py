@@ -81,10 +81,10 @@ HELD = {"runAsUser": 1000, "allowPrivilegeEscalation": False, "capabilities": {"
 
 @pytest.mark.parametrize(
     "security",
-    [HELD, HELD | {"runAsUser": 0}, HELD | {"capabilities": {"drop": ["all"], "add": ["CAP_NET_BIND_SERVICE"]}}],
+    [HELD, HELD | {"capabilities": {"drop": ["all"], "add": ["CAP_NET_BIND_SERVICE"]}}],
 )
 def test_a_server_that_stays_who_it_is_may_be_let_out_by_name(security: Any) -> None:
-    """Root, too, if it can become nobody else; the resolver may be the node's, with search domains of its own."""
+    """The resolver may be the node's, with search domains of its own."""
     obstacles.refuse_by_name(
         a_pod({"securityContext": security}, dnsPolicy="Default", dnsConfig={"searches": ["a.example"]}),
         Capture.REDIRECT,
@@ -98,16 +98,22 @@ def test_the_pods_user_counts_where_the_container_names_none() -> None:
     )
 
     obstacles.refuse_by_name(bare, Capture.REDIRECT)
+    with pytest.raises(Denial, match="runAsUser other than 0"):
+        obstacles.refuse_by_name(
+            a_pod({"securityContext": HELD | {"runAsUser": 0}}, securityContext={"runAsUser": 7}), Capture.REDIRECT
+        )
 
 
 @pytest.mark.parametrize(
     "security",
     [
         None,
+        HELD | {"runAsUser": 0},  # which owns the files that say where names lead
         {k: v for k, v in HELD.items() if k != "runAsUser"},
         {k: v for k, v in HELD.items() if k != "allowPrivilegeEscalation"},
         HELD | {"allowPrivilegeEscalation": True},
         HELD | {"capabilities": {"drop": ["NET_RAW", "SETUID"]}},
+        HELD | {"capabilities": {"drop": ["CAP_ALL"]}},  # dropped by no runtime
         HELD | {"capabilities": {"drop": ["ALL"], "add": ["SETUID"]}},
         HELD | {"capabilities": None},
     ],
