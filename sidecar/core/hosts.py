@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from itertools import zip_longest
 from typing import Final
 
 from sidecar.config import PUBLIC_RANGES
@@ -107,7 +108,9 @@ def is_by_address(rules: EgressRules, address: str, port: int) -> bool:
 
 
 def usable(rules: EgressRules, name: str, addresses: Iterable[str], port: int, *, dialled: str) -> Sequence[str]:
-    """Return the *addresses* of *name* to try, each once; the *dialled* one first, then those of its family.
+    """Return the *addresses* of *name* to try, each once; the *dialled* one first, then its family and the other in turn.
+
+    One of the families may lead nowhere, and nobody but us finds out (RFC 8305, 4).
 
     Raises Barred when none may be used. A declared range opens no loopback: that is the pod itself.
     """
@@ -123,7 +126,9 @@ def usable(rules: EgressRules, name: str, addresses: Iterable[str], port: int, *
     ]
     if not kept:
         raise Barred(Why.ADDRESS, f"{name} is {', '.join(found)[:256]}")
-    return sorted(kept, key=lambda text: (found[text] != wanted, found[text].version != wanted.version))
+    kept.sort(key=lambda text: found[text] != wanted)
+    families = ([text for text in kept if (found[text].version == wanted.version) is same] for same in (True, False))
+    return [text for pair in zip_longest(*families) for text in pair if text is not None]
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:

@@ -24,17 +24,21 @@ from sidecar.shell.accepting import Accepting
 from sidecar.shell.egress_listener import Address, bind, original_address
 from sidecar.shell.openings import Opening, opening
 from sidecar.shell.serving import Serving
-from sidecar.shell.tunnel import PIECE_BYTES, Streams, carry
+from sidecar.shell.tunnel import PIECE_BYTES, Streams, carry, dial
 
 OPENING_S: Final = 10.0
 RESOLVE_S: Final = 5.0
 CONNECT_S: Final = 5.0  # for each address
 MAX_ADDRESSES: Final = 4
+MAX_LOOKUPS: Final = 2  # at a time: each holds one of the loop's four threads while DNS is silent; we need some, too
 _NOTHING_DECLARED: Final = EgressRules()
 
 
 class Outside:
     """What is asked of the network."""
+
+    def __init__(self) -> None:
+        self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
 
     def original(self, sock: socket.socket) -> Address | None:
         """Return where the server dialled; None when nothing was redirected."""
@@ -42,15 +46,20 @@ class Outside:
 
     async def resolve(self, host: str, port: int) -> list[str]:
         """Return the addresses of *host*. Raises OSError, TimeoutError."""
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(RESOLVE_S):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            await self._lookups.acquire()
+            return await asyncio.shield(self._look_up(host, port))  # its thread goes on when nobody waits any more
+
+    async def _look_up(self, host: str, port: int) -> list[str]:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        finally:
+            self._lookups.release()
         return [str(each[4][0]) for each in found]
 
     async def dial(self, address: str, port: int) -> Streams:
         """Return a connection. Raises OSError, TimeoutError."""
-        async with asyncio.timeout(CONNECT_S):
-            return await asyncio.open_connection(address, port)
+        return await dial(address, port, timeout_s=CONNECT_S)
 
 
 class EgressGate:

@@ -17,7 +17,7 @@ from sidecar.errors import Refusal
 from sidecar.shell.accepting import Accepting, listening
 from sidecar.shell.egress import MAX_HEAD_BYTES, Egress, Outgoing
 from sidecar.shell.listener import SO_ORIGINAL_DST
-from sidecar.shell.tunnel import carry
+from sidecar.shell.tunnel import carry, dial
 
 QUIET_S: Final = 1.0  # an application that says nothing first speaks another protocol, in which the server begins
 HEAD_S: Final = 10.0
@@ -123,9 +123,7 @@ class EgressListener:
 
     async def _splice(self, sock: socket.socket, address: Address, first: bytes) -> None:
         """Carry bytes both ways until both sides have ended; *first* go before all others."""
-        async with asyncio.timeout(CONNECT_S):
-            streams = await asyncio.open_connection(*address)
-        await carry(sock, streams, first=first)
+        await carry(sock, await dial(*address, timeout_s=CONNECT_S), first=first)
 
 
 def original_address(sock: socket.socket) -> Address | None:

@@ -12,8 +12,23 @@ from typing import Final
 
 PIECE_BYTES: Final = 64 * 1024
 LINGER_S: Final = 10.0  # for what the other side has yet to read when both have said all
+KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))  # s, s, times
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def dial(host: str, port: int, *, timeout_s: float) -> Streams:
+    """Return a connection that finds out when the other end is gone. Raises OSError, TimeoutError.
+
+    Whoever asked for keep-alive asks it of us now, who are always there; and routers forget what is silent.
+    """
+    async with asyncio.timeout(timeout_s):
+        streams = await asyncio.open_connection(host, port)
+    sock = streams[1].get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEP_ALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return streams
 
 
 async def carry(

@@ -184,13 +184,15 @@ def test_declared_addresses_pass_whatever_is_said(address: str, port: int, passe
 
 
 def test_only_public_and_declared_addresses_of_a_name_are_tried() -> None:
-    """The cluster's own are not, though they look public; the dialled address goes first, then its family."""
+    """The cluster's own are not, though they look public; the dialled address goes first, then the families in turn."""
     resolved = ["192.0.2.1", "10.0.0.1", "203.0.113.5", "2600::1", "192.0.2.2", "10.1.0.9", "fe80::1", "192.0.2.1"]
 
     assert usable(RULES, "api.example.com", resolved, 443, dialled="192.0.2.2") == [
-        "192.0.2.2", "192.0.2.1", "10.1.0.9", "2600::1",
+        "192.0.2.2", "2600::1", "192.0.2.1", "10.1.0.9",
     ]  # fmt: skip
-    assert usable(RULES, "api.example.com", resolved, 443, dialled="2600::2")[0] == "2600::1"
+    assert usable(RULES, "api.example.com", resolved, 443, dialled="2600::2")[:2] == ["2600::1", "192.0.2.1"]
+    many = [f"2600::{number}" for number in range(1, 9)]  # of which none may lead anywhere
+    assert "192.0.2.1" in usable(RULES, "api.example.com", [*many, "192.0.2.1"], 443, dialled="2600::3")[:2]
 
 
 @pytest.mark.parametrize(

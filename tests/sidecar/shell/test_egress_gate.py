@@ -290,3 +290,35 @@ async def test_a_reader_that_is_slow_holds_the_other_side_back() -> None:
         client.writer.write_eof()
         assert len(await client.rest()) == size
         await client.close()
+
+
+async def test_lookups_that_nobody_answers_leave_threads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gave up waiting has not ended the lookup: without a bound a server could keep its sidecar from all names."""
+    monkeypatch.setattr(egress_gate, "RESOLVE_S", 0.05)
+    asked, answer = [], asyncio.Event()
+
+    async def silent(host: str, port: int, **kind: object) -> list[tuple[object, ...]]:
+        del port, kind
+        asked.append(host)
+        await answer.wait()
+        return [(0, 0, 0, "", ("192.0.2.7", 443))]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", silent)
+    outside = Outside()
+    found = await asyncio.gather(*(outside.resolve(f"{n}.", 443) for n in range(20)), return_exceptions=True)
+    assert all(isinstance(each, TimeoutError) for each in found)
+    assert len(asked) == egress_gate.MAX_LOOKUPS
+
+    answer.set()
+    assert await outside.resolve("later.", 443) == ["192.0.2.7"]
+
+
+async def test_a_connection_asks_whether_the_other_end_is_still_there() -> None:
+    """The server's own keep-alive ends at the sidecar."""
+    listener = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with listener:
+        _, writer = await Outside().dial("127.0.0.1", listener.sockets[0].getsockname()[1])
+        sock = writer.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        writer.transport.abort()
