@@ -11,7 +11,8 @@ from enum import Enum, auto
 from typing import Final
 
 from sidecar.core.connection import Headers
-from sidecar.core.content import Screen
+from sidecar.core.content import MAX_SCREENED_BYTES, Screen
+from sidecar.core.detectors import Looks
 from sidecar.core.endpoint import target_of
 from sidecar.core.filters import Reader
 from sidecar.core.message import Listing
@@ -19,6 +20,7 @@ from sidecar.core.review import Judge, Seen, review
 from sidecar.core.sse import BadStream, Event, Splitter
 from sidecar.errors import Reason, Refusal
 
+MAX_SCREENED_LINES: Final = 10_000  # of an event, beside its message; each takes some microseconds
 MAX_HELD_BYTES: Final = 16 * 2**20  # of a JSON response that must be filtered; SDKs stop at 4 MiB
 
 
@@ -171,10 +173,16 @@ class Answer:
         return event.raw
 
     def _pruned(self, event: Event, screen: Screen) -> Event:
-        """Return *event* without what content rules find in it beside its message, and note that."""
+        """Return *event* without what content rules find in it beside its message, and note that. Raises Refusal."""
+        looks = {each: Looks() for each in screen.rules}
+        lines = size_bytes = 0
 
         def keeps(line: bytes) -> bytes:
-            looked = screen.look(line)
+            nonlocal lines, size_bytes
+            lines, size_bytes = lines + 1, size_bytes + len(line)
+            if lines > MAX_SCREENED_LINES or size_bytes > MAX_SCREENED_BYTES:
+                raise Refusal(Reason.UPSTREAM, "the server's answer is too large", detail="an event to be screened")
+            looked = screen.look(line, looks)
             if looked.found:
                 self.seen.append(Seen(data=b"", found=looked.found))
             return looked.data

@@ -136,14 +136,17 @@ class Screen:
         denied = next((f"content rule {each.name}" for each in denying), denied)
         return Screened(data=data, found=found, denied=denied, changes=tuple(rewriter.changes))
 
-    def look(self, text: bytes) -> Screened:
-        """Return *text*, which is no JSON, or nothing where a rule would mask some of it or denies it."""
+    def look(self, text: bytes, looks: Mapping[Rule, Looks]) -> Screened:
+        """Return *text*, which is no JSON, or nothing where a rule would mask some of it or denies it.
+
+        *looks* are those that each rule has left for it and for what came with it.
+        """
         if self._expression is None or self._expression.search(text) is None:
             return Screened(data=text)
         found = []
         for each in self.rules:
             try:
-                count = 0 if each.is_limited else len(each.find(text, Looks()))
+                count = 0 if each.is_limited else len(each.find(text, looks[each]))
             except TooManyCandidates:
                 count = MAX_MARKS + 1
             if count:

@@ -396,6 +396,27 @@ def test_an_event_of_which_nothing_is_found_keeps_its_bytes() -> None:
         assert [each.found[0].count for each in stream.take()] == ([1] if rule else [])
 
 
+@pytest.mark.parametrize("line", [b":a\n", b": " + b"a" * 2**20 + b"\n"])
+def test_what_would_take_too_long_to_screen_beside_a_message_is_refused(line: bytes) -> None:
+    """As a message is that is too large; every other call waits meanwhile."""
+    count = module.MAX_SCREENED_LINES + 1 if len(line) < 9 else 4
+    tail = b"data: " + RESULT + b"\n\n"
+
+    assert a_screened_stream(a_call()).feed(line * (count - 1) + tail) == line * (count - 1) + tail
+    with pytest.raises(Refusal) as raised:
+        a_screened_stream(a_call()).feed(line * count + tail)
+    assert (raised.value.reason, raised.value.detail) == (Reason.UPSTREAM, "an event to be screened")
+
+
+def test_candidates_in_all_lines_of_an_event_are_counted_together() -> None:
+    """Each takes a look; what is left when there are none any more does not pass."""
+    line = b": " + b"4111 1111 1111 1112 x " * 9_000
+    stream = a_screened_stream(a_call(), patterns=("credit-card",))
+
+    passed = stream.feed((line + b"\n") * 4 + b"\n")
+    assert passed.split(b"\n") == [line, line, b":", b":", b"", b""]
+
+
 def test_the_endpoint_of_a_screened_stream_stays() -> None:
     """Without it no client of 2024-11-05 could post anything."""
     stream = a_screened_stream(STREAM, stream_path="/sse", regex="messages", patterns=())
