@@ -110,7 +110,6 @@ class EgressGate:
         """Return the record of a connection of *client*."""
         connection = Connection(peer=None, client=client, method="", path="", query="", headers=(), body=b"")
         exchange = self._serving.begin(connection)
-        exchange.sampled = False  # a span is about a message
         exchange.outbound = outbound
         return exchange
 
@@ -146,6 +145,9 @@ class _Crossing:
             outcome = refusal.why if isinstance(refusal, Barred) else refusal.reason
             await self._turn_away(refusal)
             return
+        except OSError as error:
+            exchange.aborted = f"the server closed the connection: {error}"
+            raise
         finally:
             self._gate.conclude(exchange, outcome)
         inspect = None if self._opening is None else self._opening.feed

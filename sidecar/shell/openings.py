@@ -44,14 +44,14 @@ class Hello:
         """Take *data*; return the host that is asked for once it is known. Raises Barred."""
         if self._host is not None:
             return self._host
+        self._incoming.write(data[: MAX_HELLO_BYTES - self._seen_bytes])  # early data may come with it
         self._seen_bytes += len(data)
-        if self._seen_bytes > MAX_HELLO_BYTES:
-            raise Barred(Why.UNREADABLE, f"a ClientHello of more than {MAX_HELLO_BYTES} bytes")
-        self._incoming.write(data)
         _reading.names.clear()
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
+            if self._seen_bytes > MAX_HELLO_BYTES:
+                raise Barred(Why.UNREADABLE, f"a ClientHello of more than {MAX_HELLO_BYTES} bytes") from None
             return None
         except ssl.SSLError as error:  # always, as the name was seen or can no more be
             if not _reading.names:

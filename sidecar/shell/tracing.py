@@ -86,8 +86,10 @@ class Tracing:
         return b"" if exchange.outbound is None else traceparent(exchange)
 
     def observe(self, exchange: Exchange) -> None:
-        """Queue the spans of *exchange*."""
-        profile = exchange.profile
+        """Queue the spans of *exchange*; a connection of the server's own is no message, and has none."""
+        profile, outbound = exchange.profile, exchange.outbound
+        if outbound is not None and not outbound.expected:
+            return
         if profile is not None and self.names(exchange):
             count, items = spans(exchange, profile, self._host)
             self._receiver.put(items, count)

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -279,6 +280,23 @@ async def test_silence_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
         await client.close()
 
     assert "unnamed: no host named within 0.05 s, 9 bytes" in orjson.loads(line(out.exchanges[0]))["decision"]["detail"]
+
+
+async def test_a_client_that_goes_before_it_names_a_host_is_on_record() -> None:
+    """Nothing went out, and that is why."""
+    async with a_gate() as out:
+        client = await out.dial()
+        await client.say(b"GET / HTT")
+        await eventually(lambda: out.serving.in_flight, what="the connection")
+        linger = struct.pack("ii", 1, 0)
+        client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        client.writer.transport.abort()
+        await eventually(lambda: out.exchanges, what="the record")
+    kept = orjson.loads(line(out.exchanges[0]))
+
+    assert (kept["outcome"], kept["destination"]["address"]) == ("refused", None)
+    assert kept["aborted"].startswith("the server closed the connection")
+    assert out.gate.outcomes == {("aborted",): 1}
 
 
 async def test_a_reader_that_is_slow_holds_the_other_side_back() -> None:

@@ -58,6 +58,11 @@ def test_a_client_hello_may_come_in_pieces(cuts: list[int]) -> None:
     assert reader.feed(data) == "api.example.com"
 
 
+def test_early_data_may_come_with_a_client_hello() -> None:
+    """As much as a first flight holds (RFC 8446, 4.2.10): only what the name is read from is bounded."""
+    assert Hello().feed(a_hello("api.example.com") + b"\x17" * openings.MAX_HELLO_BYTES) == "api.example.com"
+
+
 def test_a_client_hello_in_several_records_is_read() -> None:
     """A record may hold a part of it (RFC 8446, 5.1)."""
     hello = a_hello("api.example.com")

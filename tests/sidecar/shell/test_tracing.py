@@ -100,6 +100,17 @@ def test_call_of_an_agent_has_one_span() -> None:
     assert values(span)["sidegate.peer.spiffe_id"] == str(AGENT)
 
 
+@pytest.mark.parametrize("address", ["192.0.2.7", None])
+def test_connection_of_a_server_has_no_span(address: str | None) -> None:
+    """Let out or refused: a span is about a message."""
+    kept = Kept()
+    exchange = an_exchange(outbound=Outbound(host="api.example.com", port=443, expected="", address=address))
+    exchange.refusal = None if address else Refusal(Reason.EGRESS, "no")
+    _tracing(kept).observe(exchange)
+
+    assert kept.items == []
+
+
 def test_other_targets_have_their_own_attributes() -> None:
     """A resource's URI is an attribute, never part of the name: each would be a name of its own."""
     prompt = Message(
