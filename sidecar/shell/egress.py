@@ -136,6 +136,7 @@ class Outgoing(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._unseen_bytes = 0  # that came since the request began, or since a piece of its body
         self._in_body = False
         self._body = bytearray()
 
@@ -151,6 +152,7 @@ class Outgoing(asyncio.Protocol):
         """Parse *data*; every whole request takes its turn."""
         if self._is_deaf:
             return
+        self._unseen_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -158,6 +160,8 @@ class Outgoing(asyncio.Protocol):
         except httptools.HttpParserError as error:
             cause = error.__context__
             self._reject(cause if isinstance(cause, Refusal) else Refusal(Reason.MALFORMED, "unreadable HTTP"))
+        if self._unseen_bytes > 2 * MAX_HEAD_BYTES and not self._is_deaf:  # the parser keeps a field until it ends
+            self._reject(Refusal(Reason.TOO_LARGE, f"the request's head is larger than {MAX_HEAD_BYTES} bytes"))
         self._next()
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - the protocol's signature
@@ -206,6 +210,7 @@ class Outgoing(asyncio.Protocol):
 
     def on_body(self, piece: bytes) -> None:
         """Take a piece of the body."""
+        self._unseen_bytes = 0
         self._body += piece
         if len(self._body) > MAX_BODY_BYTES:
             raise Refusal(Reason.TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes")

@@ -21,7 +21,7 @@ from sidecar.core.profile import AgentRole, Destination, Identity, Profile
 from sidecar.errors import Reason
 from sidecar.exchange import Exchange
 from sidecar.pipeline import Snapshot
-from sidecar.shell.egress import Egress
+from sidecar.shell.egress import MAX_HEAD_BYTES, Egress
 from sidecar.shell.egress_listener import EgressListener
 from sidecar.shell.serving import Serving
 from tests.builders import AGENT, a_call, a_request, a_snapshot
@@ -422,6 +422,19 @@ async def test_what_cannot_be_sent_is_answered_and_recorded(data: bytes, status:
         await eventually(lambda: out.exchanges, what="the record")
 
     assert fake.heard == []
+
+
+async def test_a_head_that_never_ends_is_refused() -> None:
+    """Of a later request, too: the parser would keep a field until it ends."""
+    async with a_pair(echo_script()) as (out, _, _):
+        client = await out.dial()
+        await client.say(proxied(out, a_call()))
+        assert (await client.hear()) is not None
+        await client.say(b"POST /mcp HTTP/1.1\r\nX: " + b"x" * (3 * MAX_HEAD_BYTES))
+        heard = await client.hear()
+        assert heard is not None
+        assert heard.line.startswith(b"HTTP/1.1 413")
+        await client.close()
 
 
 async def test_a_request_that_offers_another_protocol_is_sent_without_the_offer() -> None:
