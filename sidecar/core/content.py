@@ -115,13 +115,14 @@ class Screen:
         folded = text.translate(_LOWER, b"_-") if self._needles else b""
         return any(each in folded for each in self._needles or ())
 
-    def screen(self, data: bytes, scope: Scope) -> Screened:
-        """Return *data*, one JSON document, screened; raises UnicodeDecodeError."""
+    def screen(self, data: bytes, scope: Scope, looks: Mapping[Rule, Looks] | None = None) -> Screened:
+        """Return *data*, one JSON document, screened; raises UnicodeDecodeError. *looks*: what a batch has left."""
         data.decode()
         if not self.may_hold(data):
             return Screened(data=data)
         suspects = self._in_text.search if self._in_text else _nothing
-        rewriter = Rewriter(self.rules, self._edits, MASKED, scope, suspects, is_free=self._needles is not None)
+        is_free = self._needles is not None
+        rewriter = Rewriter(self.rules, self._edits, MASKED, scope, suspects, is_free=is_free, looks=looks)
         denied = ""
         try:
             data = rewriter.rewrite(data)
@@ -190,6 +191,8 @@ class Content:
         active = [each for each in self._rules if each.rule in rules]
         if not active:
             return data
+        if any(each.count > MAX_MARKS and each.rule in rules for each in found):  # to look again takes as long
+            return b'"' + REDACTED + b'"'
         try:
             return Rewriter(active, frozenset(active), REDACTED, scope, bool).rewrite(data)  # every text is suspect
         except Unmaskable:

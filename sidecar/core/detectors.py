@@ -26,9 +26,10 @@ class TooManyCandidates(Exception):  # noqa: N818 - names what was found
 
 @dataclass(slots=True)
 class Looks:
-    """How many looks are left for one rule in one message."""
+    """How many looks are left for one rule in one message, or in all of a body, and how often it found something."""
 
     left: int = MAX_LOOKS
+    found: int = 0
 
     def take(self, size_bytes: int) -> None:
         """Look at a candidate; raises TooManyCandidates."""

@@ -7,13 +7,15 @@ cannot be read. MCP 2024-11-05 to 2026-07-28.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from sidecar.core.asks import ASKS, read_ask, read_url_elicitations
-from sidecar.core.content import MAX_SCREENED_BYTES, Found, Screen
+from sidecar.core.content import MAX_SCREENED_BYTES, Found, Rule, Screen
+from sidecar.core.detectors import Looks
 from sidecar.core.filters import Filtered, Reader, filtered
 from sidecar.core.message import MAX_ID, Message, RequestId, Resource
 from sidecar.core.replies import CODES, answer
@@ -95,7 +97,8 @@ def review(data: bytes, reader: Reader, judge: Judge) -> tuple[bytes, Sequence[S
             one = _message(data, reader, judge)
             return one.data, (one,)
         held = [bytes(each) for each in _array.decode(data)]
-        seen = [_message(each, reader, judge) for each in held]
+        looks: Mapping[Rule, Looks] = defaultdict(Looks)  # of all messages
+        seen = [_message(each, reader, judge, looks) for each in held]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # nested as deep as the server likes
         raise _unreadable(str(error)) from error
     if not seen:
@@ -110,13 +113,13 @@ def _unreadable(detail: str) -> Refusal:
     return Refusal(Reason.UPSTREAM, "the server's answer cannot be read", detail=detail)
 
 
-def _message(data: bytes, reader: Reader, judge: Judge) -> Seen:
+def _message(data: bytes, reader: Reader, judge: Judge, looks: Mapping[Rule, Looks] | None = None) -> Seen:
     if reader.screen is not None:
-        return _screened(data, reader.screen, reader, judge)
+        return _screened(data, reader.screen, reader, judge, looks)
     return _judged(data, _envelope.decode(data), reader, judge)
 
 
-def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge) -> Seen:
+def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge, looks: Mapping[Rule, Looks] | None) -> Seen:
     """Judge *data* as content rules leave it: that, and nothing else, goes on."""
     envelope = _envelope.decode(data)
     if screen.is_beside and envelope.method is None and _answered(envelope) == reader.permit.question.message.id:
@@ -125,7 +128,7 @@ def _screened(data: bytes, screen: Screen, reader: Reader, judge: Judge) -> Seen
         raise Refusal(
             Reason.UPSTREAM, "the server's answer is too large", detail=f"> {MAX_SCREENED_BYTES} to be screened"
         )
-    screened = screen.screen(data, ANSWER)
+    screened = screen.screen(data, ANSWER, looks)
     if screened.data is not data:
         data, envelope = screened.data, _envelope.decode(screened.data)
     denied, found = screened.denied, screened.found

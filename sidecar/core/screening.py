@@ -4,7 +4,8 @@ A masked message is a new one: its caller judges it again, and headers that repe
 Refuses what a rule denies, without a word of what was found. Decides nothing about the way back (sidecar/core/review.py).
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,7 +13,8 @@ import msgspec
 
 from sidecar.core.agreement import repeated
 from sidecar.core.connection import Connection
-from sidecar.core.content import Content, Found, Screened
+from sidecar.core.content import Content, Found, Rule, Screened
+from sidecar.core.detectors import Looks
 from sidecar.core.message import Message
 from sidecar.core.splicing import REQUEST
 from sidecar.errors import Reason, Refusal
@@ -36,7 +38,8 @@ def screen(connection: Connection, messages: Sequence[Message], content: Content
     body = connection.body
     is_batch = body.lstrip(b" \t\r\n")[:1] == b"["
     parts = [bytes(each) for each in _elements.decode(body)] if is_batch else [body]
-    screened = [_screened(part, message, content) for part, message in zip(parts, messages, strict=True)]
+    looks: Mapping[Rule, Looks] = defaultdict(Looks)  # of all messages: sixty-four bodies' worth would take minutes
+    screened = [_screened(part, message, content, looks) for part, message in zip(parts, messages, strict=True)]
     refusals = tuple(denial(each.denied) if each.denied else None for each in screened)
     found = tuple(each.found for each in screened)
     left = [each.data for each in screened]
@@ -48,9 +51,9 @@ def screen(connection: Connection, messages: Sequence[Message], content: Content
     return Sent(connection=made, found=found, refusals=refusals)
 
 
-def _screened(part: bytes, message: Message, content: Content) -> Screened:
+def _screened(part: bytes, message: Message, content: Content, looks: Mapping[Rule, Looks]) -> Screened:
     rules = content.requested(message)
-    return Screened(data=part) if rules is None else rules.screen(part, REQUEST)
+    return Screened(data=part) if rules is None else rules.screen(part, REQUEST, looks)
 
 
 def denial(detail: str) -> Refusal:

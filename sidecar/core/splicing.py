@@ -7,7 +7,7 @@ return their structured result a second time as text (MCP 2025-06-18, structured
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -150,17 +150,19 @@ class Rewriter:
         suspects: Callable[[bytes], object],
         *,
         is_free: bool = False,
+        looks: Mapping[Any, Looks] | None = None,
     ) -> None:
         """*suspects* says of a text whether one of *rules* could find something: most texts are asked no more.
 
         *is_free*: whatever it finds in a text it finds in what that is a part of, too; no rule is bound to an end.
+        *looks* are each rule's, where other messages share them.
         """
         self._suspects, self._is_free = suspects, is_free
         self._rules, self._editing, self._mark, self._scope = tuple(rules), editing, mark, scope
         self._has_limits = any(each.is_limited for each in rules)
         self._everywhere = tuple(each for each in rules if not each.is_limited)
         self.counts: Counter[Searching] = Counter()
-        self._looks = {each: Looks() for each in rules}
+        self._looks = {each: Looks() for each in rules} if looks is None else looks
         self.changes: list[tuple[bytes, bytes]] = []
 
     def rewrite(self, data: bytes) -> bytes:
@@ -318,12 +320,15 @@ class Rewriter:
 
     def _found(self, rule: Searching, text: bytes) -> list[Span]:
         """Return where *rule* finds something, and count it; raises Unmaskable, and _Full when no rule counts on."""
+        looks = self._looks[rule]
         try:
-            found = rule.find(text, self._looks[rule])
+            found = rule.find(text, looks)
             self.counts[rule] += len(found)
+            looks.found += len(found)
+            is_full = bool(found) and looks.found > MAX_MARKS
         except TooManyCandidates:
-            found, self.counts[rule] = [], MAX_MARKS + 1
-        if self.counts[rule] > MAX_MARKS:
+            found, is_full = [], True
+        if is_full:
             self.counts[rule] = MAX_MARKS + 1
             if rule in self._editing:
                 raise Unmaskable(f"a rule would mask more than {MAX_MARKS} places")

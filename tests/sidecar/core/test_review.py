@@ -438,3 +438,16 @@ def test_what_is_too_large_to_be_screened_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "MAX_SCREENED_BYTES", 10)
     with pytest.raises(Refusal, match="too large"):
         review(SAID, a_screened_reader(a_call()), lambda _: None)
+
+
+def test_messages_of_a_batch_share_what_may_be_looked_at() -> None:
+    """As those of a client do (sidecar/core/screening.py)."""
+    asked = a_permit(a_call())
+    screen = Content([a_rule(patterns=("email",), action="deny")]).answered(asked.question.message)
+    shadow = Content([a_rule(patterns=("email",), mode="shadow")]).answered(asked.question.message)
+    said = '{"id":7,"result":{"content":[{"type":"text","text":"%s"}]}}' % ("a@b.test " * 9_000)
+    for each in (screen, shadow):
+        reader = Reader(permit=asked, engines=[], tasks=tasks(), screen=each)
+        _, seen = review(f"[{said},{said},{said}]".encode(), reader, FakeJudge())
+        assert [one.found[0].count for one in seen] == [9_000, 9_000, 20_001]
+        assert [one.refusal is None for one in seen] == [each is shadow] * 3

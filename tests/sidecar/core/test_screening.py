@@ -1,6 +1,7 @@
 """sidecar.core.screening: what a client sends, screened, and the request made of what is left."""
 
 import orjson
+import pytest
 
 from sidecar.core.agreement import ParamHeader, ParamHeaders, check
 from sidecar.core.connection import Connection
@@ -100,3 +101,29 @@ def test_answers_of_the_client_are_screened() -> None:
     """What a user typed into an elicitation reaches the server as well."""
     answer = b'{"jsonrpc":"2.0","id":3,"result":{"content":{"key":"' + KEY + b'"}}}'
     assert sent(a_connection(answer)).connection.body == answer.replace(KEY, b"[masked]")
+
+
+def batched(text: str, count: int) -> Connection:
+    """So many calls with *text* in one body."""
+    calls = [a_call("read", {"key": text}).replace(b'"id":7', b'"id":%d' % number) for number in range(count)]
+    return a_connection(b"[" + b",".join(calls) + b"]")
+
+
+@pytest.mark.parametrize(
+    ("detected", "text"), [("credit-card", "4111 1111 1111 1112 x " * 15_000), ("email", "a@b.test " * 12_000)]
+)
+def test_messages_of_a_batch_share_what_may_be_looked_at(detected: str, text: str) -> None:
+    """Each may take a second by itself: sixty-four of them would hold every other call up for a minute."""
+    content = Content([a_rule(patterns=(detected,))])
+    refusals = sent(batched(text, 3), content).refusals
+
+    assert refusals[0] is None
+    assert ["more than 20000 places" in each.detail for each in refusals[1:] if each is not None] == [True, True]
+
+
+def test_a_batch_with_little_to_find_is_screened_as_single_messages_are() -> None:
+    """What is shared is enough for whatever is sent."""
+    content = Content([a_rule(patterns=("email",))])
+    made = sent(batched("a@b.test " * 100, 64), content)
+
+    assert (made.refusals, [each[0].count for each in made.found]) == ((None,) * 64, [100] * 64)
