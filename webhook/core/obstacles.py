@@ -82,7 +82,7 @@ def refuse_by_name(bare: Pod, capture: Capture) -> None:
         is_held = (
             bool(user)
             and own.allow_privilege_escalation is False
-            and "ALL" in {name.upper() for name in capabilities.drop or ()}  # no runtime takes CAP_ALL for it
+            and "ALL" in {name.upper() for name in capabilities.drop or ()}  # with a prefix containerd drops nothing
             and _named(capabilities.add) <= {"NET_BIND_SERVICE"}
         )
         if not is_held:
@@ -200,5 +200,5 @@ def _may_become_sidecar(bare: Pod, each: Container) -> bool:
     own, pods = each.security_context or SecurityContext(), bare.spec.security_context or SecurityContext()
     user = pods.run_as_user if own.run_as_user is None else own.run_as_user
     is_other = pods.run_as_non_root if own.run_as_non_root is None else own.run_as_non_root
-    dropped = _named(own.capabilities.drop if own.capabilities else None)
+    dropped = {name.upper() for name in (own.capabilities and own.capabilities.drop) or ()}  # as above: no prefix
     return not user and not is_other and not {"ALL", "SETUID"} & dropped

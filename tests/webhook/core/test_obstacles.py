@@ -50,6 +50,7 @@ def test_what_does_no_harm_passes(security: Any, pod_security: Any) -> None:
         ({}, {"runAsUser": 0}, True),
         ({"runAsUser": 0, "runAsNonRoot": False}, {"runAsNonRoot": True}, True),
         ({"capabilities": {"drop": ["NET_RAW"]}}, None, True),
+        ({"capabilities": {"drop": ["CAP_SETUID"]}}, None, True),
         ({"capabilities": {"drop": ["SETUID"]}}, None, False),
         ({"capabilities": {"drop": ["ALL"]}}, None, False),
         ({"runAsUser": 1000}, {"runAsUser": 0}, False),
