@@ -95,7 +95,7 @@ def without_validation(governed: Governed) -> Iterator[None]:
 
 
 def test_a_changed_ca_bundle_is_put_back(governed: Governed) -> None:
-    """Somebody overwrites what the API server trusts: repaired within seconds, by the one that leads."""
+    """Somebody overwrites what the API server trusts: repaired within seconds, by one that leads or by any other."""
     path = ("mutatingwebhookconfiguration", "sidegate")
     trusted = [each["clientConfig"]["caBundle"] for each in governed.cluster.get(*path)["webhooks"]]
     wrong = base64.b64encode(governed.ca_pem.encode()).decode()  # a CA, but another one
@@ -108,10 +108,8 @@ def test_a_changed_ca_bundle_is_put_back(governed: Governed) -> None:
     governed.cluster.wait_until(
         "the caBundle is right again",
         lambda: [each["clientConfig"]["caBundle"] for each in governed.cluster.get(*path)["webhooks"]] == trusted,
-        timeout_s=5,
+        timeout_s=15,
     )
-    lease = governed.cluster.get("--namespace", RELEASE, "lease", "sidegate")
-    assert lease["spec"]["holderIdentity"].startswith("sidegate-")
 
 
 def refusal(governed: Governed, policy: dict[str, Any]) -> str:
