@@ -81,7 +81,8 @@ def _ranges(text: str) -> tuple[str, ...]:
     except ValueError:
         raise ValueError(expected) from None
     wholes = [ip_network(each) for each in PUBLIC_RANGES]
-    if not all(any(each.version == whole.version and each.subnet_of(whole) for whole in wholes) for each in found):  # type: ignore[arg-type]
+    is_within = [any(each.version == whole.version and each.subnet_of(whole) for whole in wholes) for each in found]  # type: ignore[arg-type]
+    if not all(is_within) or set(found) & set(wholes):  # an exception is less than the whole in a NetworkPolicy
         raise ValueError(expected)
     return tuple(str(each) for each in found)
 

@@ -133,7 +133,7 @@ def test_what_all_servers_reach_by_address_is_told_to_sidecars_that_know_hosts()
     assert defaults(settings).private == surroundings(settings).private == ("25.0.0.0/8", "2001:db8::/32")
 
 
-@pytest.mark.parametrize("value", ["here", "25.0.0.1/8", "fd00::/8", "::/0"])
+@pytest.mark.parametrize("value", ["here", "25.0.0.1/8", "fd00::/8", "::/0", "0.0.0.0/0", "2000::/3"])
 def test_private_ranges_are_ranges_of_public_addresses(value: str) -> None:
     """Of others there is nothing to take away, and a NetworkPolicy would not be valid."""
     with pytest.raises(BadSetting, match="public address ranges"):
