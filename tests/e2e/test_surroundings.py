@@ -31,6 +31,11 @@ RESTRICTED = {
 }
 
 
+def listening(port: int) -> dict[str, Any]:
+    """What makes a container ready once it listens on *port*: started is too soon to be called."""
+    return {"readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 1}}
+
+
 OWN, FOREIGN = "203.0.113.10", "203.0.113.66"
 NAMES = NAMED, OTHER = "api.world.svc.cluster.local", "other.world.svc.cluster.local"
 # Says to whoever speaks TLS at which address it was reached.
@@ -90,7 +95,7 @@ def world(governed: Governed) -> str:
         },
     }
     mount = {"volumeMounts": [{"name": "tls", "mountPath": "/tls", "readOnly": True}]}
-    tls = container("world", workload_image(), "python3", "-uc", ANSWER, **mount)
+    tls = container("world", workload_image(), "python3", "-uc", ANSWER, **listening(443), **mount)
     volumes = [{"name": "tls", "secret": {"secretName": "tls"}}]
     cluster.apply(secret, deployment("world", "world", tls, volumes=volumes, hostNetwork=True))
     for address in (OWN, FOREIGN):
@@ -118,7 +123,7 @@ def world(governed: Governed) -> str:
 def strangers(governed: Governed) -> str:
     """A namespace that no profile knows, with a pod that calls and listens; gives its address."""
     governed.cluster.make_namespace("strangers")
-    listener = container("stranger", workload_image(), "python3", "-c", LISTEN)
+    listener = container("stranger", workload_image(), "python3", "-c", LISTEN, **listening(8000))
     governed.cluster.apply(deployment("strangers", "stranger", listener))
     _up(governed.cluster, "strangers", "stranger")
     return str(governed.pod("stranger", "strangers")["status"]["podIP"])
@@ -143,7 +148,7 @@ def restricted(governed: Governed) -> str:
     )
     command = ("python3", "/opt/app/three_tools.py", "8000")
     ports = [{"name": "mcp", "containerPort": 8000}]
-    server = container("tight", workload_image(), *command, ports=ports, securityContext=RESTRICTED)
+    server = container("tight", workload_image(), *command, ports=ports, securityContext=RESTRICTED, **listening(8000))
     reached = service(namespace, "tight", 8000)
     reached["spec"]["ports"][0]["targetPort"] = "mcp"
     cluster.apply(deployment(namespace, "tight", server), reached)
