@@ -211,6 +211,24 @@ class Governed:
         assert len(alive) == 1, [pod["metadata"]["name"] for pod in alive]
         return alive[0]
 
+    def wait_for(self, namespace: str, name: str) -> None:
+        """Wait until a Deployment is rolled out."""
+        self.cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=180s")
+
+    def remapped(self, state: str) -> float:
+        """How many pods in mode remap the control plane's replicas have found *state*: closed, exposed, unknown."""
+        replicas = self.cluster.get("--namespace", RELEASE, "pods", "--selector=app.kubernetes.io/name=sidegate")[
+            "items"
+        ]
+        script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
+        said = [
+            self._in_agent("python3", "-c", script, f"http://{each['status'].get('podIP')}:9090/metrics")
+            for each in replicas
+        ]
+        series = f'sidegate_remapped_pods{{state="{state}"}} '
+        lines = (line for text in said for line in text.splitlines())
+        return sum(float(line.removeprefix(series)) for line in lines if line.startswith(series))
+
     def audit(self, name: str) -> list[dict[str, Any]]:
         """The audit records of a server's sidecar, one of each message."""
         text = self.cluster.kubectl(

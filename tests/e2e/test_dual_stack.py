@@ -17,8 +17,6 @@ from tests.e2e.governed import KNOCK, Governed, container, deployment, resource,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.cluster.cluster import Cluster
-
 pytestmark = pytest.mark.e2e
 
 # On both families, and no MCP server: what is asked is who answers at all.
@@ -41,11 +39,6 @@ def only_ipv6(reached: dict[str, Any], name: str) -> dict[str, Any]:
     reached["metadata"]["name"] = name
     reached["spec"] |= {"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv6"]}
     return reached
-
-
-def up(cluster: Cluster, namespace: str, name: str) -> None:
-    """Wait until a Deployment is."""
-    cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=180s")
 
 
 @pytest.mark.parametrize("port", [8000, 15443, 1])
@@ -89,7 +82,7 @@ def test_in_mode_remap_a_service_leads_to_the_sidecar(governed: Governed, remapp
     reached = only_ipv6(service(namespace, "six", 8000), "six")
     reached["spec"]["ports"][0]["targetPort"] = "mcp"
     cluster.apply(deployment(namespace, "six", server | {"ports": [{"name": "mcp", "containerPort": 8000}]}), reached)
-    up(cluster, namespace, "six")
+    governed.wait_for(namespace, "six")
     pod = address(governed.pod("six", namespace))
 
     assert governed.knock("agents", "agent", pod, 15443).startswith("401")
@@ -98,14 +91,5 @@ def test_in_mode_remap_a_service_leads_to_the_sidecar(governed: Governed, remapp
     assert found == [("IPv6", [15443])]
     assert governed.knock("agents", "agent", f"six.{namespace}.svc.cluster.local", 8000).startswith("401")
 
-    selector = ("--namespace", "sidegate-system", "pods", "--selector=app.kubernetes.io/name=sidegate")
-    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
-    command = ("--namespace", "agents", "exec", "deployment/agent", "--", "python3", "-c", script)
-
-    def is_exposed() -> bool:
-        replicas = [each["status"].get("podIP") for each in cluster.get(*selector)["items"]]
-        metrics = [cluster.kubectl(*command, f"http://{each}:9090/metrics") for each in replicas]
-        return any('sidegate_remapped_pods{state="exposed"} 1.0' in each.splitlines() for each in metrics)
-
     # It is dialled every ten seconds at first.
-    cluster.wait_until("the pod is found exposed", is_exposed, timeout_s=120)
+    cluster.wait_until("the pod is found exposed", lambda: governed.remapped("exposed") == 1, timeout_s=120)

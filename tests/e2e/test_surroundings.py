@@ -115,7 +115,7 @@ def world(governed: Governed) -> str:
         }
         spec = {"clusterIP": "None", "ports": ports}
         cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": where, "spec": spec}, endpoints)
-    _up(cluster, "world", "world")
+    governed.wait_for("world", "world")
     return authority.certificate_pem.decode()
 
 
@@ -125,7 +125,7 @@ def strangers(governed: Governed) -> str:
     governed.cluster.make_namespace("strangers")
     listener = container("stranger", workload_image(), "python3", "-c", LISTEN, **listening(8000))
     governed.cluster.apply(deployment("strangers", "stranger", listener))
-    _up(governed.cluster, "strangers", "stranger")
+    governed.wait_for("strangers", "stranger")
     return str(governed.pod("stranger", "strangers")["status"]["podIP"])
 
 
@@ -152,12 +152,8 @@ def restricted(governed: Governed) -> str:
     reached = service(namespace, "tight", 8000)
     reached["spec"]["ports"][0]["targetPort"] = "mcp"
     cluster.apply(deployment(namespace, "tight", server), reached)
-    _up(cluster, namespace, "tight")
+    governed.wait_for(namespace, "tight")
     return namespace
-
-
-def _up(cluster: Cluster, namespace: str, name: str) -> None:
-    cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=180s")
 
 
 def _closes(governed: Governed, namespace: str, name: str, host: str, port: int, **where: str) -> None:
@@ -257,20 +253,10 @@ def test_a_restricted_namespace_says_no_to_redirect(governed: Governed) -> None:
 
 def test_the_control_plane_proves_that_policies_are_enforced(governed: Governed, restricted: str) -> None:
     """The replica that leads dials the pod in mode remap itself: health answers, the application does not."""
-    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
-    command = ("--namespace", "agents", "exec", "deployment/agent", "--", "python3", "-c", script)
     assert governed.pod("tight", restricted)
 
     def is_proven() -> bool:
-        selector = "--selector=app.kubernetes.io/name=sidegate"
-        replicas = governed.cluster.get("--namespace", "sidegate-system", "pods", selector)["items"]
-        sums = {"closed": 0.0, "exposed": 0.0}
-        for address in (each["status"].get("podIP") for each in replicas):
-            for line in governed.cluster.kubectl(*command, f"http://{address}:9090/metrics").splitlines():
-                for state in sums:
-                    if line.startswith(f'sidegate_remapped_pods{{state="{state}"}} '):
-                        sums[state] += float(line.rpartition(" ")[2])
-        return sums["closed"] > 0 and sums["exposed"] == 0
+        return governed.remapped("closed") > 0 and governed.remapped("exposed") == 0
 
     governed.cluster.wait_until("the pod is found closed", is_proven, timeout_s=CATCH_UP_S)
 
@@ -287,7 +273,7 @@ def test_a_server_reaches_hosts_by_name_and_nothing_else_of_the_world(governed: 
     command, ports = ("python3", "/opt/app/three_tools.py", "8000"), [{"name": "mcp", "containerPort": 8000}]
     held = container("server", workload_image(), *command, ports=ports, securityContext=RESTRICTED)
     cluster.apply(deployment(namespace, "traders", held))
-    _up(cluster, namespace, "traders")
+    governed.wait_for(namespace, "traders")
 
     def run(where: str, name: str, within: str, *code: str) -> str:
         prefix = ("--namespace", where, "exec", f"deployment/{name}", f"--container={within}", "--", "python3", "-c")
